@@ -1,0 +1,322 @@
+"""Checkpoints on disk: one directory with the configuration, an Orbax tree for each component, and the tokenizers.
+
+    config.json      format version, model configuration, where the weights came from, every file's size
+    transformer/     Orbax: one zarr array a parameter, stacked parameters in one chunk a layer
+    vae/  clip_l/  clip_g/  t5/
+    tokenizers/clip_l/  tokenizers/clip_g/  tokenizers/t5/
+
+A checkpoint appears under its name only when it is whole, and its files' sizes are checked when it is opened, because
+zarr reads a missing chunk as zeros.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax import nnx
+from orbax.checkpoint import type_handlers
+from tqdm import tqdm
+
+from sd35flash_jax.config import COMPONENTS, ModelConfig, read_json
+from sd35flash_jax.models.clip import CLIPTextEncoder
+from sd35flash_jax.models.mmdit import MMDiT
+from sd35flash_jax.models.t5 import T5Encoder
+from sd35flash_jax.models.vae import VAE
+
+FORMAT = 1
+DTYPES = ("bfloat16", "float32")
+_MODULES: dict[str, Callable[..., nnx.Module]] = {
+    "transformer": MMDiT,
+    "vae": VAE,
+    "clip_l": CLIPTextEncoder,
+    "clip_g": CLIPTextEncoder,
+    "t5": T5Encoder,
+}
+_RESTORED_AT_ONCE = 2**30
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or not what was asked for."""
+
+
+@dataclass(frozen=True)
+class StreamedArray:
+    """A parameter that is written piece by piece, so that it never stands in memory whole.
+
+    `pieces` yields each index along the leading axis with its array, or `...` with the whole array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[tuple[Any, np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` returns: the components that were asked for, and the tokenizers' folders by encoder."""
+
+    config: ModelConfig
+    components: dict[str, nnx.Module]
+    tokenizers: dict[str, Path]
+
+
+def build_component(name: str, config: ModelConfig, seed: int = 0) -> nnx.Module:
+    """A component with fresh random float32 parameters."""
+    return _MODULES[name](getattr(config, name), rngs=nnx.Rngs(seed))
+
+
+def abstract_component(name: str, config: ModelConfig) -> nnx.Module:
+    """The component with shapes in place of parameters; nothing is allocated."""
+    return nnx.eval_shape(partial(build_component, name, config))
+
+
+def parameters(module: nnx.Module) -> dict[str, Any]:
+    """Every stored array of a module by its dotted path; the layers of a scanned stack share one array."""
+    return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(module))}
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
+
+
+# Writing
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    components: Mapping[str, nnx.Module | Mapping[str, Any]],
+    tokenizers: Mapping[str, Path] | None = None,
+    source: Any = None,
+) -> None:
+    """Write a checkpoint directory, whole or not at all.
+
+    Args:
+        path: the new directory; it must not exist.
+        config: the configuration; its components are those of `components`.
+        components: each component as a module, or as its parameters (arrays or `StreamedArray`s) by dotted path.
+        tokenizers: the folder of each text encoder's tokenizer files, to be copied.
+        source: a JSON value that says where the weights came from, or a function called for it after the weights are
+            written.
+
+    Raises:
+        FileExistsError: `path` exists.
+        ValueError: `components` are not those of `config`.
+        OSError: the disk is full or not writable. Nothing is left behind.
+    """
+    destination = Path(path)
+    if set(components) != set(config.components):
+        raise ValueError(f"the configuration has {config.components}, but the components are {tuple(components)}")
+    with _written_whole(destination) as folder:
+        for name, component in components.items():
+            arrays = parameters(component) if isinstance(component, nnx.Module) else dict(component)
+            handler = ocp.PyTreeCheckpointHandler(
+                use_ocdbt=False, use_compression=False, type_handler_registry=_STREAMING_REGISTRY
+            )
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save((folder / name).absolute(), args=ocp.args.PyTreeSave(arrays))
+        for name, tokenizer in (tokenizers or {}).items():
+            shutil.copytree(tokenizer, folder / "tokenizers" / name)
+        header = {
+            "format": FORMAT,
+            "model": config.to_json(),
+            "source": source() if callable(source) else source,
+            "files": _file_sizes(folder),
+        }
+        (folder / "config.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _written_whole(destination: Path) -> Iterator[Path]:
+    """A temporary directory beside `destination` that takes its name at the end, or vanishes."""
+    if destination.exists() or destination.is_symlink():
+        raise FileExistsError(f"{destination} already exists; remove it or choose another destination")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(destination)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+class _StreamedArrayHandler(type_handlers.NumpyHandler):
+    """Lets Orbax save `StreamedArray`s: each piece is one zarr chunk, read, written and dropped in turn."""
+
+    async def serialize(
+        self,
+        values: Sequence[StreamedArray],
+        infos: Sequence[type_handlers.ParamInfo],
+        args: Sequence[type_handlers.SaveArgs] | None = None,
+    ) -> list[Any]:
+        for value, info in zip(values, infos):
+            store = None
+            for index, piece in value.pieces():
+                if store is None:
+                    store = await _create_zarr(info.path, value, () if index is ... else (1,))
+                await store[index].write(piece)
+        return []
+
+
+async def _create_zarr(path: Path, array: StreamedArray, leading_chunks: tuple[int, ...]) -> ts.TensorStore:
+    chunks = (*leading_chunks, *array.shape[len(leading_chunks) :])
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": str(path)},
+        "metadata": {"shape": array.shape, "chunks": chunks, "compressor": None},
+        "dtype": array.dtype.name,
+        # A chunk that holds only zeros is written too: a file that is not there is then always a fault.
+        "store_data_equal_to_fill_value": True,
+    }
+    return await ts.open(spec, create=True)
+
+
+_STREAMING_REGISTRY = type_handlers.create_type_handler_registry(
+    (StreamedArray, _StreamedArrayHandler()),
+    (jax.Array, type_handlers.ArrayHandler()),
+    (np.ndarray, type_handlers.NumpyHandler()),
+)
+
+
+# Reading
+
+
+def read_config(path: str | os.PathLike) -> ModelConfig:
+    """The configuration of a checkpoint directory.
+
+    Raises:
+        CheckpointError: there is no checkpoint at `path`, or it is damaged or of another format version.
+    """
+    return ModelConfig.from_json(_read_header(Path(path))["model"])
+
+
+def load_checkpoint(
+    path: str | os.PathLike,
+    components: Sequence[str] | None = None,
+    dtype: str = "bfloat16",
+    device: jax.Device | jax.sharding.Sharding | None = None,
+    progress: bool = False,
+) -> Checkpoint:
+    """Restore components of a checkpoint, each parameter straight to its dtype and device.
+
+    Args:
+        path: a directory written by `save_checkpoint` or the converter.
+        components: names out of `config.COMPONENTS`; all that the checkpoint has unless given.
+        dtype: "bfloat16" or "float32", for parameters and arithmetic.
+        device: the device or sharding for every parameter; JAX's default device unless given.
+        progress: show a bar on standard error.
+
+    Raises:
+        CheckpointError: no checkpoint is there, a file is missing or truncated, or a component was asked for that
+            the checkpoint does not have; the message says which.
+        ValueError: `dtype` is not one of the two.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+    folder = Path(path)
+    config = read_config(folder)
+    wanted = config.components if components is None else tuple(components)
+    absent = [name for name in wanted if name not in config.components]
+    if absent:
+        raise CheckpointError(
+            f"{folder} has no {' and no '.join(absent)}: it holds {', '.join(config.components) or 'no component'}"
+        )
+    _check_files(folder, wanted)
+    sharding = device if isinstance(device, jax.sharding.Sharding) else None
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])  # type: ignore[arg-type]
+    modules = {name: abstract_component(name, config) for name in wanted}
+    total = sum(array.size * np.dtype(dtype).itemsize for m in modules.values() for array in parameters(m).values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
+        restored = {
+            name: _restore(folder / name, module, np.dtype(dtype), sharding, bar) for name, module in modules.items()
+        }
+    tokenizers = {name: folder / "tokenizers" / name for name in wanted}
+    return Checkpoint(config, restored, {name: file for name, file in tokenizers.items() if file.is_dir()})
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is not a checkpoint (it has no config.json); make one with: sd35flash-jax convert SOURCE {folder}"
+        )
+    header = read_json(folder / "config.json")
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}/config.json is not of checkpoint format {FORMAT}; if {folder} is a diffusers folder, convert it "
+            f"first with: sd35flash-jax convert {folder} DESTINATION"
+        )
+    return header
+
+
+def _check_files(folder: Path, components: Sequence[str]) -> None:
+    for name, size in _read_header(folder)["files"].items():
+        if name.split("/")[0] in set(COMPONENTS) - set(components):
+            continue
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"the checkpoint is damaged: {file} is missing; convert it again")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {file} has {file.stat().st_size} bytes in place of {size}; "
+                "convert it again"
+            )
+
+
+def _restore(
+    folder: Path, module: nnx.Module, dtype: np.dtype, sharding: jax.sharding.Sharding, bar: tqdm
+) -> nnx.Module:
+    graph, state = nnx.split(module)
+    variables = {_dotted(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    wanted = {
+        name: jax.ShapeDtypeStruct(variable.get_value().shape, dtype, sharding=sharding)
+        for name, (_, variable) in variables.items()
+    }
+    restored = {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        for name, array in wanted.items():
+            if name not in stored or tuple(stored[name].shape) != array.shape:
+                found = tuple(stored[name].shape) if name in stored else "nothing"
+                raise CheckpointError(f"{folder} should hold {name} of shape {array.shape}, but holds {found}")
+        for batch in _batches(wanted):
+            # In batches: Orbax holds what it reads on the host until the whole call is done.
+            arguments = ocp.args.PyTreeRestore(
+                item=batch, restore_args=ocp.checkpoint_utils.construct_restore_args(batch), partial_restore=True
+            )
+            restored.update(checkpointer.restore(folder.absolute(), args=arguments))
+            bar.update(sum(array.size * array.dtype.itemsize for array in batch.values()))
+    return nnx.merge(
+        graph, nnx.from_flat_state([(path, variable.replace(restored[name])) for name, (path, variable) in variables.items()])
+    )
+
+
+def _batches(arrays: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    batch: dict[str, jax.ShapeDtypeStruct] = {}
+    size = 0
+    for name, array in arrays.items():
+        batch[name] = array
+        size += array.size * array.dtype.itemsize
+        if size >= _RESTORED_AT_ONCE:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch

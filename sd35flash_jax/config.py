@@ -1,0 +1,185 @@
+"""Every component's shape, in frozen dataclasses: the published presets, and JSON in and out."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+Size = Annotated[int, Field(gt=0, le=2**24)]
+Count = Annotated[int, Field(ge=0, le=2**24)]
+Sigma = Annotated[float, Field(ge=0.0, le=1.0)]
+
+TEXT_ENCODERS = ("clip_l", "clip_g", "t5")
+COMPONENTS = ("transformer", "vae", *TEXT_ENCODERS)
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """The multimodal diffusion transformer (SD3 paper, arXiv 2403.03206, section 4 and figure 2).
+
+    The first `dual_attention_blocks` blocks have a second, image-only attention (MMDiT-X).
+    `position_table_side` is the side, in patches, of the stored table of 2-D sin-cos embeddings,
+    and `position_base` the side at which its coordinates advance by one per patch.
+    """
+
+    depth: Size
+    heads: Size
+    head_size: Size = 64
+    patch_size: Size = 2
+    latent_channels: Size = 16
+    context_size: Size = 4096
+    pooled_size: Size = 2048
+    position_table_side: Size = 192
+    position_base: Size = 64
+    qk_norm: bool = False
+    dual_attention_blocks: Count = 0
+
+    @property
+    def hidden_size(self) -> int:
+        return self.heads * self.head_size
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The 16-channel autoencoder. `channels` lists the width of each level; each level after the first halves
+    the resolution. Model-scale latents are `(raw latents - shift) * scale`."""
+
+    channels: tuple[Size, ...] = (128, 256, 512, 512)
+    blocks_per_level: Size = 2
+    latent_channels: Size = 16
+    norm_groups: Size = 32
+    scale: float = 1.5305
+    shift: float = 0.0609
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """A CLIP text encoder; CLIP-L and OpenCLIP bigG differ in their sizes and activation alone.
+
+    The pooled state is read at the first `eos_token_id`. As in transformers, the value 2, which the published
+    configurations carry by mistake, stands for the highest token id in the prompt.
+    """
+
+    hidden_size: Size
+    layers: Size
+    heads: Size
+    feed_forward_size: Size
+    projection_size: Size
+    activation: Literal["quick_gelu", "gelu"]
+    vocabulary: Size = 49408
+    positions: Size = 77
+    norm_epsilon: float = 1e-5
+    eos_token_id: Count = 2
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """The encoder of a T5 v1.1 (gated tanh-GELU, no biases, relative positions)."""
+
+    hidden_size: Size = 4096
+    layers: Size = 24
+    heads: Size = 64
+    head_size: Size = 64
+    feed_forward_size: Size = 10240
+    vocabulary: Size = 32128
+    position_buckets: Size = 32
+    position_max_distance: Size = 128
+    norm_epsilon: float = 1e-6
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The rectified flow's schedule. `sigmas` holds the distilled schedules a checkpoint was trained for, at most
+    one for each step count; other step counts are spaced by `shift`."""
+
+    shift: Annotated[float, Field(gt=0.0)] = 3.0
+    sigmas: tuple[tuple[Sigma, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole text-to-image model; a component that a checkpoint does not hold is None."""
+
+    transformer: MMDiTConfig | None = None
+    vae: VAEConfig | None = None
+    clip_l: CLIPConfig | None = None
+    clip_g: CLIPConfig | None = None
+    t5: T5Config | None = None
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that are present, in the order of `COMPONENTS`."""
+        return tuple(name for name in COMPONENTS if getattr(self, name) is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> "ModelConfig":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: a field is missing, unknown, of the wrong type or out of range; the message names all of them.
+        """
+        try:
+            config = _ADAPTER.validate_python(data)
+        except ValidationError as error:
+            faults = [".".join(map(str, fault["loc"])) + ": " + fault["msg"] for fault in error.errors()]
+            raise ValueError("the model configuration is not valid: " + "; ".join(faults)) from None
+        _check_unknown_fields(data, config, "")
+        return config
+
+
+_ADAPTER = TypeAdapter(ModelConfig)
+
+
+def _check_unknown_fields(data: dict[str, Any], config: Any, prefix: str) -> None:
+    for key, value in data.items():
+        if key not in {field.name for field in dataclasses.fields(config)}:
+            raise ValueError(f"the model configuration is not valid: {prefix}{key} is not a known field")
+        part = getattr(config, key)
+        if dataclasses.is_dataclass(part):
+            _check_unknown_fields(value, part, f"{prefix}{key}.")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        ValueError: the file is missing, or is not UTF-8 JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+
+
+CLIP_L = CLIPConfig(768, 12, 12, 3072, 768, "quick_gelu")
+CLIP_G = CLIPConfig(1280, 32, 20, 5120, 1280, "gelu")
+
+
+def _preset(transformer: MMDiTConfig) -> ModelConfig:
+    return ModelConfig(transformer, VAEConfig(), CLIP_L, CLIP_G, T5Config())
+
+
+_LARGE = MMDiTConfig(depth=38, heads=38, qk_norm=True)
+
+PRESETS: dict[str, ModelConfig] = {
+    "sd3-medium": _preset(MMDiTConfig(depth=24, heads=24)),
+    "sd3.5-medium": _preset(
+        MMDiTConfig(depth=24, heads=24, position_table_side=384, qk_norm=True, dual_attention_blocks=13)
+    ),
+    "sd3.5-large": _preset(_LARGE),
+    "sd3.5-large-turbo": _preset(_LARGE),
+}
+"""The published models by name."""

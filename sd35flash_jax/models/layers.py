@@ -1,0 +1,63 @@
+"""Attention, norms and embeddings that two or more of the models share."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+
+def attention(
+    query: Float[Array, "b t n d"],
+    key: Float[Array, "b s n d"],
+    value: Float[Array, "b s n d"],
+    *,
+    bias: Float[Array, "1 n t s"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Array, "b t c"]:
+    """Softmax attention with heads merged on return; `scale` is 1/sqrt(d) unless given."""
+    mixed = jax.nn.dot_product_attention(query, key, value, bias=bias, is_causal=causal, scale=scale)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def split_heads(qkv: Float[Array, "b t c3"], heads: int) -> tuple[Array, Array, Array]:
+    """Cut a fused projection into query, key and value of `(batch, tokens, heads, head_size)` each."""
+    batch, tokens, width = qkv.shape
+    query, key, value = jnp.split(qkv.reshape(batch, tokens, 3 * heads, width // (3 * heads)), 3, axis=2)
+    return query, key, value
+
+
+def layer_norm(x: Float[Array, "b t c"], epsilon: float = 1e-6) -> Float[Array, "b t c"]:
+    """Layer norm without learned scale and bias, in float32; the result has the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
+    return ((wide - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+
+
+def modulate(x: Float[Array, "b t c"], shift: Float[Array, "b 1 c"], scale: Float[Array, "b 1 c"]) -> Array:
+    """Adaptive layer norm's affine part (DiT, arXiv 2212.09748, section 3.2)."""
+    return x * (1 + scale) + shift
+
+
+def sinusoidal_embedding(timestep: Num[Array, " b"], size: int, max_period: float = 10_000.0) -> Float[Array, "b c"]:
+    """Sinusoids of a timestep in [0, 1000], cosines first, in float32: `(batch, size)`."""
+    half = size // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def stack_blocks(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) -> Block:
+    """Build `count` equal blocks as one module whose parameters have a leading layer axis, for `scan_blocks`."""
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+
+
+def scan_blocks(blocks: Block, carry: Any, apply: Callable[[Block, Any], Any]) -> Any:
+    """Run stacked blocks in order: compiled once, whatever their number."""
+    return jax.lax.scan(lambda carry, block: (apply(block, carry), None), carry, blocks)[0]
