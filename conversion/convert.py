@@ -67,7 +67,7 @@ def convert(
     try:
         opened = open_diffusers_folder(Path(source))
         plans = {
-            name: _plan(name, opened.config, tensors, dtype and np.dtype(dtype))
+            name: _plan(name, opened.config, tensors, np.dtype(dtype) if dtype else None)
             for name, tensors in opened.tensors.items()
         }
     except ConversionError:
@@ -207,9 +207,7 @@ def _source_shapes(rule: Rule, param_shape: Shape) -> list[Shape]:
     return list(rule.transform.source_shapes(shape, len(rule.sources)))
 
 
-def _streamed(
-    shape: Shape, rules: list[Rule], tensors: dict[str, Tensor], dtype: np.dtype | None
-) -> StreamedArray:
+def _streamed(shape: Shape, rules: list[Rule], tensors: dict[str, Tensor], dtype: np.dtype | None) -> StreamedArray:
     stored = {tensors[key].dtype for rule in rules for key in rule.sources}
     target = dtype or (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
 

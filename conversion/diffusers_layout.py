@@ -1,10 +1,22 @@
 """The diffusers folder: one sub-folder a component, separate q, k and v, and the configurations beside them."""
 
+from collections.abc import Callable
 from typing import Any
 
-from conversion.rules import Rule, Table, conv, embedding, linear, norm, patch_kernel, square_table, stacked
-from conversion.rules import swapped_linear, under
-from sd35flash_jax.config import CLIPConfig, MMDiTConfig, ScheduleConfig, T5Config, VAEConfig
+from conversion.rules import (
+    Rule,
+    Table,
+    conv,
+    embedding,
+    linear,
+    norm,
+    patch_kernel,
+    square_table,
+    stacked,
+    swapped_linear,
+    under,
+)
+from sd35flash_jax.config import CLIPConfig, MMDiTConfig, T5Config, VAEConfig
 
 FOLDERS = {
     "transformer": "transformer",
@@ -178,7 +190,7 @@ def _residual_block(widens: bool) -> list[Rule]:
     return rules + conv("shortcut", "conv_shortcut") if widens else rules
 
 
-TABLES = {
+TABLES: dict[str, Callable[[Any], Table]] = {
     "transformer": transformer_table,
     "vae": vae_table,
     "clip_l": clip_table,

@@ -145,8 +145,7 @@ def embedding(param: str, source: str) -> list[Rule]:
 def under(param: str, source: str, rules: Iterable[Rule]) -> list[Rule]:
     """The same rules one level down: `param` and `source` are put before every name, each with its dot."""
     return [
-        replace(rule, param=param + rule.param, sources=tuple(source + name for name in rule.sources))
-        for rule in rules
+        replace(rule, param=param + rule.param, sources=tuple(source + name for name in rule.sources)) for rule in rules
     ]
 
 

@@ -58,9 +58,7 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
     if unsupported:
         raise ValueError(f"{file} holds tensors of dtype {', '.join(unsupported)}, which is not supported")
     return {
-        name: Tensor(
-            file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-        )
+        name: Tensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
         if name in names
     }

@@ -256,7 +256,8 @@ def load_checkpoint(
 def _read_header(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} is not a checkpoint (it has no config.json); make one with: sd35flash-jax convert SOURCE {folder}"
+            f"{folder} is not a checkpoint (it has no config.json); make one with: sd35flash-jax convert SOURCE "
+            f"{folder}"
         )
     header = read_json(folder / "config.json")
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -304,9 +305,8 @@ def _restore(
             )
             restored.update(checkpointer.restore(folder.absolute(), args=arguments))
             bar.update(sum(array.size * array.dtype.itemsize for array in batch.values()))
-    return nnx.merge(
-        graph, nnx.from_flat_state([(path, variable.replace(restored[name])) for name, (path, variable) in variables.items()])
-    )
+    filled = [(path, variable.replace(restored[name])) for name, (path, variable) in variables.items()]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def _batches(arrays: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:

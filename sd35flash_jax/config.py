@@ -44,19 +44,15 @@ class MMDiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The 16-channel autoencoder. `channels` lists the width of each level; each level after the first halves
-    the resolution. Model-scale latents are `(raw latents - shift) * scale`."""
+    """The 16-channel autoencoder. `channels` lists the widths of the four levels, each at half the
+    resolution of the one before. Model-scale latents are `(raw latents - shift) * scale`."""
 
-    channels: tuple[Size, ...] = (128, 256, 512, 512)
+    channels: tuple[Size, Size, Size, Size] = (128, 256, 512, 512)
     blocks_per_level: Size = 2
     latent_channels: Size = 16
     norm_groups: Size = 32
     scale: float = 1.5305
     shift: float = 0.0609
-
-    @property
-    def downsampling(self) -> int:
-        return 2 ** (len(self.channels) - 1)
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,10 @@ class CLIPLayer(nnx.Module):
         size = config.hidden_size
         self.heads = config.heads
         self.activation = config.activation
-        self.attention_norm = nnx.LayerNorm(
-            size, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs
-        )
+        self.attention_norm = nnx.LayerNorm(size, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
         self.qkv = nnx.Linear(size, 3 * size, rngs=rngs)
         self.out = nnx.Linear(size, size, rngs=rngs)
-        self.feed_forward_norm = nnx.LayerNorm(
-            size, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs
-        )
+        self.feed_forward_norm = nnx.LayerNorm(size, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
         self.linear_1 = nnx.Linear(size, config.feed_forward_size, rngs=rngs)
         self.linear_2 = nnx.Linear(config.feed_forward_size, size, rngs=rngs)
 

@@ -58,6 +58,6 @@ def stack_blocks(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) 
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
-def scan_blocks(blocks: Block, carry: Any, apply: Callable[[Block, Any], Any]) -> Any:
+def scan_blocks(blocks: nnx.Module, carry: Any, apply: Callable[[Any, Any], Any]) -> Any:
     """Run stacked blocks in order: compiled once, whatever their number."""
     return jax.lax.scan(lambda carry, block: (apply(block, carry), None), carry, blocks)[0]

@@ -48,80 +48,87 @@ class FeedForward(nnx.Module):
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=True))
 
 
-class StreamAttention(nnx.Module):
-    """One stream's share of an attention: its queries, keys and values, and the projection of what it receives."""
+class Projection(nnx.Module):
+    """One stream's queries, keys and values for an attention, with RMS norms on queries and keys in SD3.5."""
 
-    def __init__(self, config: MMDiTConfig, *, with_output: bool = True, rngs: nnx.Rngs):
-        size = config.hidden_size
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
-        self.qkv = nnx.Linear(size, 3 * size, rngs=rngs)
-        self.query_norm = nnx.RMSNorm(config.head_size, epsilon=1e-6, rngs=rngs) if config.qk_norm else None
-        self.key_norm = nnx.RMSNorm(config.head_size, epsilon=1e-6, rngs=rngs) if config.qk_norm else None
-        self.out = nnx.Linear(size, size, rngs=rngs) if with_output else None
+        self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
+        self.query_norm = nnx.RMSNorm(config.head_size, epsilon=1e-6, rngs=rngs) if config.qk_norm else nnx.identity
+        self.key_norm = nnx.RMSNorm(config.head_size, epsilon=1e-6, rngs=rngs) if config.qk_norm else nnx.identity
 
     def project(self, x: Float[Array, "b t c"]) -> tuple[Array, Array, Array]:
         query, key, value = split_heads(self.qkv(x), self.heads)
-        if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        return query, key, value
+        return self.query_norm(query), self.key_norm(key), value
+
+
+class StreamAttention(Projection):
+    """The same with a projection of what the stream receives."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.out = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+
+
+class PreOnlyStream(nnx.Module):
+    """The context's half of the last block: it feeds the attention and ends there, with one shift and scale."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.modulation = nnx.Linear(config.hidden_size, 2 * config.hidden_size, rngs=rngs)
+        self.attention = Projection(config, rngs=rngs)
 
 
 class Stream(nnx.Module):
-    """One modality's half of a joint block.
+    """One modality's half of a joint block, modulated by shift, scale and gate of its attention and of its
+    feed-forward layer; a dual stream (MMDiT-X) has a second, self-attention, with three more vectors."""
 
-    `vectors` conditioning vectors modulate it: shift, scale and gate of its attention and of its feed-forward layer,
-    then those of its second attention where it has one. A pre-only stream, the context's in the last block, feeds the
-    attention and ends there: it has the first shift and scale alone.
-    """
-
-    def __init__(self, config: MMDiTConfig, *, dual: bool = False, pre_only: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: MMDiTConfig, *, dual: bool = False, rngs: nnx.Rngs):
         size = config.hidden_size
-        self.vectors = 2 if pre_only else 9 if dual else 6
-        self.modulation = nnx.Linear(size, self.vectors * size, rngs=rngs)
-        self.attention = StreamAttention(config, with_output=not pre_only, rngs=rngs)
+        self.modulation = nnx.Linear(size, (9 if dual else 6) * size, rngs=rngs)
+        self.attention = StreamAttention(config, rngs=rngs)
         self.second_attention = StreamAttention(config, rngs=rngs) if dual else None
-        self.feed_forward = None if pre_only else FeedForward(size, rngs=rngs)
+        self.feed_forward = FeedForward(size, rngs=rngs)
 
-    def modulations(self, condition: Float[Array, "b c"]) -> list[Float[Array, "b 1 c"]]:
-        """`condition` has passed its SiLU already."""
-        return jnp.split(self.modulation(condition)[:, None], self.vectors, axis=-1)
+    def update(
+        self, x: Float[Array, "b t c"], mixed: Float[Array, "b t c"], vectors: list[Float[Array, "b 1 c"]]
+    ) -> Float[Array, "b t c"]:
+        """Add what the joint attention brought, then the second attention and the feed-forward layer."""
+        gate, shift_ff, scale_ff, gate_ff = vectors[2:6]
+        attended = x + gate * self.attention.out(mixed)
+        if self.second_attention is not None:
+            shift, scale, gate = vectors[6:]
+            mixed = attention(*self.second_attention.project(modulate(layer_norm(x), shift, scale)))
+            attended = attended + gate * self.second_attention.out(mixed)
+        return attended + gate_ff * self.feed_forward(modulate(layer_norm(attended), shift_ff, scale_ff))
 
 
 class JointBlock(nnx.Module):
+    """Both streams with their joint attention; `condition` has passed its SiLU already."""
+
     def __init__(self, config: MMDiTConfig, *, dual: bool = False, last: bool = False, rngs: nnx.Rngs):
         self.image = Stream(config, dual=dual, rngs=rngs)
-        self.context = Stream(config, pre_only=last, rngs=rngs)
+        self.context = PreOnlyStream(config, rngs=rngs) if last else Stream(config, rngs=rngs)
 
     def __call__(
         self, image: Float[Array, "b t c"], context: Float[Array, "b s c"], condition: Float[Array, "b c"]
     ) -> tuple[Array, Array]:
-        image_vectors = self.image.modulations(condition)
-        context_vectors = self.context.modulations(condition)
-        normed = layer_norm(image)
-        attention_input = modulate(normed, image_vectors[0], image_vectors[1])
-        context_input = modulate(layer_norm(context), context_vectors[0], context_vectors[1])
+        image_vectors = modulation_vectors(self.image, condition)
+        context_vectors = modulation_vectors(self.context, condition)
+        from_image = self.image.attention.project(modulate(layer_norm(image), *image_vectors[:2]))
+        from_context = self.context.attention.project(modulate(layer_norm(context), *context_vectors[:2]))
+        mixed = attention(*(jnp.concatenate(pair, axis=1) for pair in zip(from_image, from_context)))
+        to_image, to_context = jnp.split(mixed, [image.shape[1]], axis=1)
 
-        joint = zip(self.image.attention.project(attention_input), self.context.attention.project(context_input))
-        mixed = attention(*(jnp.concatenate(pair, axis=1) for pair in joint))
-        from_image, from_context = jnp.split(mixed, [image.shape[1]], axis=1)
-
-        image_update = image_vectors[2] * self.image.attention.out(from_image)
-        if self.image.second_attention is not None:
-            shift, scale, gate = image_vectors[6:]
-            second_input = modulate(normed, shift, scale)
-            mixed = attention(*self.image.second_attention.project(second_input))
-            image_update += gate * self.image.second_attention.out(mixed)
-        image = _feed_forward(self.image, image + image_update, image_vectors)
-
-        if self.context.feed_forward is not None:
-            context = context + context_vectors[2] * self.context.attention.out(from_context)
-            context = _feed_forward(self.context, context, context_vectors)
+        image = self.image.update(image, to_image, image_vectors)
+        if isinstance(self.context, Stream):
+            context = self.context.update(context, to_context, context_vectors)
         return image, context
 
 
-def _feed_forward(stream: Stream, x: Float[Array, "b t c"], vectors: list[Array]) -> Float[Array, "b t c"]:
-    shift, scale, gate = vectors[3:6]
-    return x + gate * stream.feed_forward(modulate(layer_norm(x), shift, scale))
+def modulation_vectors(stream: Stream | PreOnlyStream, condition: Float[Array, "b c"]) -> list[Float[Array, "b 1 c"]]:
+    """Shifts, scales and gates, in the order that `Stream` uses them."""
+    vectors = stream.modulation(condition)[:, None]
+    return jnp.split(vectors, vectors.shape[-1] // condition.shape[-1], axis=-1)
 
 
 class MMDiT(nnx.Module):

@@ -1,0 +1,369 @@
+"""FlashPipeline: the only place where all parts meet. prompt -> tokens -> conditioning -> latents -> pixels."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from PIL import Image
+from tqdm import tqdm
+
+from sd35flash_jax import sampling
+from sd35flash_jax.checkpoint import load_checkpoint, read_config
+from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
+from sd35flash_jax.models.vae import VAE
+from sd35flash_jax.schedule import choose_sigmas
+from sd35flash_jax.text import Conditioning, encode_tokens, load_tokenizer, token_counts, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DOWNSAMPLING = 8
+NO_BUNDLED_MODEL = (
+    "no model ships with this version of sd35flash-jax, so a checkpoint must be named: download the diffusers folder "
+    "of Stable Diffusion 3.5, convert it with `sd35flash-jax convert FOLDER CHECKPOINT`, and give CHECKPOINT"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pipeline call returns.
+
+    `images` are PIL images, `latents` `(batch, height/8, width/8, 16)` float32 at model scale, `timings` seconds for
+    each stage (compilation included where a shape is new), and `metadata` what is needed to make each image again.
+    """
+
+    images: list[Image.Image]
+    latents: Float[Array, "b h w c"]
+    timings: dict[str, float]
+    metadata: list[dict[str, str]]
+
+
+class FlashPipeline:
+    """Text to image with a Stable Diffusion 3 or 3.5 checkpoint.
+
+    Encoding, denoising and decoding are each compiled once for a batch, height and width. `dtype="float32"` is strict
+    parity mode: parameters and arithmetic in float32, matrix products at the highest precision.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        components: Mapping[str, nnx.Module],
+        tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
+        dtype: str = "bfloat16",
+        max_t5_tokens: int = 256,
+    ):
+        self.config = config
+        self.components = dict(components)
+        self.tokenizers = dict(tokenizers)
+        self.dtype = dtype
+        self.max_t5_tokens = max_t5_tokens
+        # Inputs are put where the parameters are: JAX compiles anew for an array it may place as it likes.
+        self.placement = jax.tree.leaves(self.components)[0].sharding
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike | None = None,
+        dtype: str = "bfloat16",
+        text_encoders: Sequence[str] | None = None,
+        max_t5_tokens: int = 256,
+        device: jax.Device | jax.sharding.Sharding | None = None,
+        progress: bool = False,
+    ) -> "FlashPipeline":
+        """Load a checkpoint directory.
+
+        Args:
+            path: what `sd35flash-jax convert` made.
+            dtype: "bfloat16" or "float32".
+            text_encoders: which of "clip_l", "clip_g" and "t5" to load; the others give zeros. All that the
+                checkpoint has unless given.
+            max_t5_tokens: how many tokens T5 reads.
+            device: the device or sharding of all parameters; JAX's default device unless given.
+            progress: show a bar on standard error.
+
+        Raises:
+            ValueError: no path, or an option is out of range.
+            CheckpointError: the checkpoint is missing, damaged, or lacks a component that was asked for.
+        """
+        if path is None:
+            raise ValueError(NO_BUNDLED_MODEL)
+        if max_t5_tokens < 1:
+            raise ValueError(f"max_t5_tokens must be positive, not {max_t5_tokens}")
+        unknown = set(text_encoders or ()) - set(TEXT_ENCODERS)
+        if unknown:
+            raise ValueError(f"there is no text encoder {unknown.pop()!r}; choose from {', '.join(TEXT_ENCODERS)}")
+        present = read_config(path).components
+        wanted = [name for name in present if name not in TEXT_ENCODERS]
+        wanted += [name for name in present if name in TEXT_ENCODERS] if text_encoders is None else text_encoders
+        checkpoint = load_checkpoint(path, wanted, dtype, device, progress)
+        tokenizers = {name: load_tokenizer(name, folder) for name, folder in checkpoint.tokenizers.items()}
+        return cls(checkpoint.config, checkpoint.components, tokenizers, dtype, max_t5_tokens)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        steps: int = 4,
+        guidance: float = 1.0,
+        height: int = 1024,
+        width: int = 1024,
+        seed: int = 0,
+        sigmas: Sequence[float] | np.ndarray | None = None,
+        progress: bool = False,
+    ) -> Result:
+        """Make one image a prompt; image i starts from the noise of `seed + i`.
+
+        Args:
+            prompt: one prompt, or one for each image.
+            negative_prompt: what to guide away from, when guidance is above 1.
+            steps: Euler steps.
+            guidance: classifier-free guidance; up to 1 there is none.
+            height, width: pixels, multiples of 16.
+            seed: in [0, 2**32).
+            sigmas: noise levels in place of `steps`, strictly falling in (0, 1].
+            progress: show a bar on standard error.
+
+        Raises:
+            ValueError: an option is out of range, or the checkpoint lacks a component.
+            FloatingPointError: the image came out as NaN.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        levels = choose_sigmas(self.config.schedule, steps, sigmas)
+        noise = self.noise(seed, len(prompts), height, width)
+        clock = _Stopwatch()
+        with clock.time("encode"):
+            conditioning = self.encode(prompts)
+            negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            negative = self.encode(negatives) if guidance > 1 else None
+            jax.block_until_ready((conditioning, negative))
+        with clock.time("denoise"):
+            latents = self.denoise(
+                noise, conditioning, guidance=guidance, negative=negative, sigmas=levels, progress=progress
+            )
+            latents.block_until_ready()
+        with clock.time("decode"):
+            pixels = np.asarray(self.decode(latents))
+        if not np.isfinite(pixels).all():
+            raise FloatingPointError("the image came out as NaN: check the checkpoint, or try dtype float32")
+        images = [Image.fromarray(image) for image in np.round(pixels * 255).astype(np.uint8)]
+        shared = {
+            "steps": str(len(levels) - 1),
+            "sigmas": " ".join(f"{level:.9g}" for level in levels),
+            "guidance": f"{guidance:g}",
+            "dtype": self.dtype,
+            "software": f"sd35flash-jax {version('sd35flash-jax')}",
+        }
+        if guidance > 1:
+            shared["negative_prompt"] = ", ".join(dict.fromkeys(negatives))
+        metadata = [{"prompt": text, "seed": str(seed + index)} | shared for index, text in enumerate(prompts)]
+        return Result(images, latents, clock.seconds, metadata)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts: context `(batch, tokens, context_size)` and pooled `(batch, pooled_size)`.
+
+        Raises:
+            ValueError: no prompt, or no text encoder is loaded.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoders = {name: self.components[name] for name in TEXT_ENCODERS if name in self.components}
+        if not prompts:
+            raise ValueError("there is no prompt to encode")
+        if self.config.transformer is None:
+            raise ValueError("this checkpoint has no transformer, whose context the encoders' states are shaped for")
+        if not encoders:
+            raise ValueError("no text encoder is loaded: pass a Conditioning built from arrays to denoise instead")
+        unread = [name for name in encoders if name not in self.tokenizers]
+        if unread:
+            raise ValueError(f"the checkpoint has no tokenizer for {', '.join(unread)}")
+        counts = token_counts(self.config, self.max_t5_tokens)
+        tokens = tokenize({name: self.tokenizers[name] for name in encoders}, prompts, counts)
+        with self._precision():
+            return encode_tokens(encoders, tokens, config=self.config, t5_tokens=self.max_t5_tokens)
+
+    def noise(self, seed: int, batch: int, height: int, width: int) -> Float[Array, "b h w c"]:
+        """Unit noise `(batch, height/8, width/8, 16)` float32; row i is the noise of `seed + i` in any batch.
+
+        Raises:
+            ValueError: a size is not a positive multiple of 16 or too large for the model, or a seed not in [0, 2**32).
+        """
+        check_size(self.config, height, width)
+        if not 0 <= seed <= 2**32 - batch:
+            raise ValueError(f"seeds must be in [0, 2**32), not {seed} to {seed + batch - 1}")
+        seeds = np.arange(seed, seed + batch, dtype=np.uint32)
+        channels = self._component("transformer").config.latent_channels
+        return _noise(seeds, (height // DOWNSAMPLING, width // DOWNSAMPLING, channels))
+
+    def denoise(
+        self,
+        noise: Float[Array, "b h w c"],
+        conditioning: Conditioning,
+        *,
+        steps: int = 4,
+        guidance: float = 1.0,
+        negative: Conditioning | None = None,
+        sigmas: Sequence[float] | np.ndarray | None = None,
+        progress: bool = False,
+    ) -> Float[Array, "b h w c"]:
+        """Noise to latents of the same shape, float32, model scale.
+
+        Args:
+            noise: `(batch, height/8, width/8, 16)`, at the level of the first sigma.
+            conditioning: one row for each image, or one row for all.
+            steps: Euler steps, spaced by the checkpoint's schedule.
+            guidance: classifier-free guidance; up to 1 there is none.
+            negative: what to guide away from; needed when guidance is above 1.
+            sigmas: noise levels in place of `steps`, strictly falling in (0, 1].
+            progress: show a bar on standard error.
+
+        Raises:
+            ValueError: shapes do not fit, or an option is out of range.
+        """
+        transformer = self._component("transformer")
+        levels = choose_sigmas(self.config.schedule, steps, sigmas)
+        if guidance > 1 and negative is None:
+            raise ValueError("guidance above 1 needs a negative Conditioning to guide away from, such as encode([''])")
+        latents = self._latents(noise, transformer.config.latent_channels)
+        conditioning = self._conditioning(conditioning, len(latents))
+        negative = conditioning if negative is None else self._conditioning(negative, len(latents))
+        if negative.context.shape != conditioning.context.shape:
+            raise ValueError(
+                f"the negative context has {negative.context.shape[1]} tokens and the positive one "
+                f"{conditioning.context.shape[1]}; encode both with the same number"
+            )
+        with self._precision(), tqdm(total=len(levels) - 1, desc="denoising", disable=not progress) as bar:
+            return sampling.denoise(
+                transformer, latents, conditioning, negative, levels, guidance, bar.update if progress else None
+            )
+
+    def velocity(
+        self, latents: Float[Array, "b h w c"], timestep: float | Float[Array, " b"], conditioning: Conditioning
+    ) -> Float[Array, "b h w c"]:
+        """One transformer evaluation, float32; `timestep` in [0, 1000], one or one for each image.
+
+        Raises:
+            ValueError: shapes do not fit, or the timestep is out of range.
+        """
+        transformer = self._component("transformer")
+        latents = self._latents(latents, transformer.config.latent_channels)
+        steps = np.asarray(timestep, np.float32)
+        if steps.shape not in ((), (len(latents),)) or not ((steps >= 0) & (steps <= 1000)).all():
+            raise ValueError(f"timestep must be one number in [0, 1000], or one for each image, not {timestep}")
+        with self._precision():
+            return sampling.velocity(
+                transformer,
+                latents,
+                np.broadcast_to(steps, len(latents)),
+                self._conditioning(conditioning, len(latents)),
+            )
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        """Model-scale latents to pixels `(batch, height, width, 3)` float32 in [0, 1]."""
+        vae = self._component("vae")
+        with self._precision():
+            return _decode(vae, self._latents(latents, vae.config.latent_channels))
+
+    def encode_image(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+        """Pixels in [0, 1] to the posterior mean, `(batch, height/8, width/8, 16)` float32 at model scale.
+
+        Raises:
+            ValueError: the pixels are not `(batch, height, width, 3)` with sizes divisible by 16.
+        """
+        pixels = self._placed(pixels, jnp.float32)
+        if pixels.ndim != 4 or pixels.shape[-1] != 3:
+            raise ValueError(f"pixels must be (batch, height, width, 3), not {pixels.shape}")
+        check_size(self.config, *pixels.shape[1:3])
+        vae = self._component("vae")
+        with self._precision():
+            return _encode_image(vae, pixels)
+
+    def _component(self, name: str) -> Any:
+        if name not in self.components:
+            raise ValueError(f"this checkpoint has no {name}; convert a source that holds one")
+        return self.components[name]
+
+    def _placed(self, array: Any, dtype: Any) -> Array:
+        return jax.device_put(jnp.asarray(array, dtype), self.placement)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return jax.default_matmul_precision("highest") if self.dtype == "float32" else nullcontext()
+
+    def _latents(self, latents: Any, channels: int) -> Float[Array, "b h w c"]:
+        latents = self._placed(latents, jnp.float32)
+        if latents.ndim != 4 or latents.shape[-1] != channels:
+            raise ValueError(f"latents must be (batch, height/8, width/8, {channels}), not {latents.shape}")
+        check_size(self.config, *(DOWNSAMPLING * side for side in latents.shape[1:3]))
+        return latents
+
+    def _conditioning(self, conditioning: Conditioning, batch: int) -> Conditioning:
+        config = self._component("transformer").config
+        context = self._placed(conditioning.context, jnp.dtype(self.dtype))
+        pooled = self._placed(conditioning.pooled, jnp.dtype(self.dtype))
+        if context.ndim != 3 or context.shape[-1] != config.context_size:
+            raise ValueError(f"context must be (batch, tokens, {config.context_size}), not {context.shape}")
+        if pooled.ndim != 2 or pooled.shape[-1] != config.pooled_size:
+            raise ValueError(f"pooled must be (batch, {config.pooled_size}), not {pooled.shape}")
+        if {len(context), len(pooled)} - {1, batch}:
+            raise ValueError(
+                f"conditioning for {len(context)} images (context) and {len(pooled)} (pooled) does not fit a batch "
+                f"of {batch}"
+            )
+        return Conditioning(
+            jnp.broadcast_to(context, (batch, *context.shape[1:])), jnp.broadcast_to(pooled, (batch, *pooled.shape[1:]))
+        )
+
+
+def check_size(config: ModelConfig, height: int, width: int) -> None:
+    """Refuse an image size, in pixels, that the model cannot make.
+
+    Raises:
+        ValueError: a side is not a positive multiple of 16, or has more patches than the position table.
+    """
+    patch = config.transformer.patch_size if config.transformer else 1
+    unit = DOWNSAMPLING * patch
+    for side, pixels in (("height", height), ("width", width)):
+        if pixels <= 0 or pixels % unit:
+            below = max(pixels // unit, 1) * unit
+            raise ValueError(f"{side} {pixels} is not a positive multiple of {unit}; try {below} or {below + unit}")
+        if config.transformer and pixels > config.transformer.position_table_side * unit:
+            largest = config.transformer.position_table_side * unit
+            raise ValueError(f"{side} {pixels} is too large for this model, which draws up to {largest}")
+
+
+class _Stopwatch:
+    """Wall-clock seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+
+@partial(jax.jit, static_argnames="shape")
+def _noise(seeds: Int[Array, " b"], shape: tuple[int, int, int]) -> Float[Array, "b h w c"]:
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+
+
+@jax.jit
+def _decode(vae: VAE, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    return vae.decode(latents)
+
+
+@jax.jit
+def _encode_image(vae: VAE, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+    return vae.encode(pixels)

@@ -1,0 +1,127 @@
+"""prompts -> tokens -> Conditioning: the three tokenizers and encoders, joined as SD3 joins them."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sd35flash_jax.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CLIP_TOKENS = 77
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["context", "pooled"], meta_fields=[])
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer knows of a prompt: `context` `(batch, tokens, 4096)` and `pooled` `(batch, 2048)`."""
+
+    context: Float[Array, "b t c"]
+    pooled: Float[Array, "b p"]
+
+
+def load_tokenizer(encoder: str, folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a text encoder, from `vocab.json` and `merges.txt`, `spiece.model` or `tokenizer.json`.
+
+    Raises:
+        ValueError: the folder holds no such files, or damaged ones.
+    """
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    options: dict[str, Any] = {}
+    if encoder == "clip_g" and not (folder / "tokenizer_config.json").exists():
+        # Without a configuration CLIP's own padding, the end-of-text token, would be used; OpenCLIP pads with "!".
+        options["pad_token"] = "!"
+    kind = T5Tokenizer if encoder == "t5" else CLIPTokenizer
+    stored = ("tokenizer.json", "spiece.model" if encoder == "t5" else "vocab.json")
+    if not any((folder / name).is_file() for name in stored):
+        raise ValueError(f"{folder} holds no tokenizer ({' or '.join(stored)})")
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # the tokenizer libraries raise many kinds for a damaged file
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def token_counts(config: ModelConfig, t5_tokens: int) -> dict[str, int]:
+    """How many tokens each encoder reads."""
+    clips = {name: getattr(config, name) for name in ("clip_l", "clip_g")}
+    return {name: clip.positions if clip else CLIP_TOKENS for name, clip in clips.items()} | {"t5": t5_tokens}
+
+
+def tokenize(
+    tokenizers: Mapping[str, "PreTrainedTokenizerBase"], prompts: Sequence[str], counts: Mapping[str, int]
+) -> dict[str, Int[np.ndarray, "b t"]]:
+    """Token ids of each encoder, `(batch, count)` int32, cut and padded to its count.
+
+    Warns where an encoder does not see the end of a prompt.
+    """
+    tokens = {}
+    for encoder, tokenizer in tokenizers.items():
+        count = counts[encoder]
+        lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+        for prompt, length in zip(prompts, lengths):
+            if length > count:
+                warnings.warn(
+                    f"{encoder} reads {count} tokens and does not see the end of a prompt of {length}: {prompt[:60]}",
+                    stacklevel=2,
+                )
+        padded = tokenizer(list(prompts), padding="max_length", max_length=count, truncation=True)
+        tokens[encoder] = np.asarray(padded.input_ids, np.int32)
+    return tokens
+
+
+@partial(jax.jit, static_argnames=("config", "t5_tokens"))
+def encode_tokens(
+    encoders: dict[str, nnx.Module],
+    tokens: dict[str, Int[Array, "b t"]],
+    *,
+    config: ModelConfig,
+    t5_tokens: int,
+) -> Conditioning:
+    """Run the encoders and join their states (SD3 paper, section 4 and figure 2a).
+
+    Penultimate states of CLIP-L and CLIP-G side by side, zero-padded to the context's width, then T5's states after
+    them on the token axis; pooled states side by side. An encoder that is not in `encoders` gives zeros, as in the
+    encoder dropout that SD3 was trained with.
+    """
+    assert config.transformer is not None
+    batch = next(iter(tokens.values())).shape[0]
+    dtype = jax.tree.leaves(encoders)[0].dtype
+    clip_tokens = token_counts(config, t5_tokens)["clip_l"]
+    states, pooled = [], []
+    for name, width in clip_widths(config).items():
+        if name in encoders:
+            state, pool = encoders[name](tokens[name])
+        else:
+            state, pool = jnp.zeros((batch, clip_tokens, width), dtype), jnp.zeros((batch, width), dtype)
+        states.append(state)
+        pooled.append(pool)
+    clip_context = jnp.concatenate(states, axis=-1)
+    padding = config.transformer.context_size - clip_context.shape[-1]
+    clip_context = jnp.pad(clip_context, ((0, 0), (0, 0), (0, padding)))
+    if "t5" in encoders:
+        t5_context = encoders["t5"](tokens["t5"])
+    else:
+        t5_context = jnp.zeros((batch, t5_tokens, config.transformer.context_size), dtype)
+    return Conditioning(jnp.concatenate([clip_context, t5_context], axis=1), jnp.concatenate(pooled, axis=-1))
+
+
+def clip_widths(config: ModelConfig) -> dict[str, int]:
+    """Widths of the two CLIP encoders' states; an encoder the model lacks takes what the other leaves of `pooled`."""
+    assert config.transformer is not None
+    total = config.transformer.pooled_size
+    if config.clip_l is not None:
+        left = config.clip_l.projection_size
+    else:
+        left = total - config.clip_g.projection_size if config.clip_g else total
+    return {"clip_l": left, "clip_g": total - left}
