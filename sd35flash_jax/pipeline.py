@@ -1,5 +1,6 @@
 """FlashPipeline: the only place where all parts meet. prompt -> tokens -> conditioning -> latents -> pixels."""
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,11 +142,13 @@ class FlashPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         levels = choose_sigmas(self.config.schedule, steps, sigmas)
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(negatives)} negative prompts do not fit {len(prompts)} prompts")
         noise = self.noise(seed, len(prompts), height, width)
         clock = _Stopwatch()
         with clock.time("encode"):
             conditioning = self.encode(prompts)
-            negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
             negative = self.encode(negatives) if guidance > 1 else None
             jax.block_until_ready((conditioning, negative))
         with clock.time("denoise"):
@@ -165,9 +168,10 @@ class FlashPipeline:
             "dtype": self.dtype,
             "software": f"sd35flash-jax {version('sd35flash-jax')}",
         }
-        if guidance > 1:
-            shared["negative_prompt"] = ", ".join(dict.fromkeys(negatives))
-        metadata = [{"prompt": text, "seed": str(seed + index)} | shared for index, text in enumerate(prompts)]
+        metadata = [
+            {"prompt": text, "negative_prompt": away, "seed": str(seed + index)} | shared
+            for index, (text, away) in enumerate(zip(prompts, negatives))
+        ]
         return Result(images, latents, clock.seconds, metadata)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -232,6 +236,8 @@ class FlashPipeline:
         """
         transformer = self._component("transformer")
         levels = choose_sigmas(self.config.schedule, steps, sigmas)
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, not {guidance}")
         if guidance > 1 and negative is None:
             raise ValueError("guidance above 1 needs a negative Conditioning to guide away from, such as encode([''])")
         latents = self._latents(noise, transformer.config.latent_channels)

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sd35flash_jax.config import CLIPConfig
-from sd35flash_jax.models.layers import attention, scan_blocks, split_heads, stack_blocks
+from sd35flash_jax.models.layers import attention, embed, scan_blocks, split_heads, stack_blocks
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -56,7 +56,7 @@ class CLIPTextEncoder(nnx.Module):
         Returns the hidden states before the last layer, `(batch, tokens, hidden_size)`, not normed, and the projected
         final state at the end-of-text token, `(batch, projection_size)`.
         """
-        x = self.token_embed(tokens) + self.position_embed(jnp.arange(tokens.shape[1]))
+        x = embed(self.token_embed, tokens) + embed(self.position_embed, jnp.arange(tokens.shape[1]))
         last, penultimate = scan_blocks(self.layers, (x, x), lambda layer, states: (layer(states[0]), states[0]))
         end = jnp.argmax(tokens if self.config.eos_token_id == 2 else tokens == self.config.eos_token_id, axis=1)
         pooled = self.projection(self.final_norm(last[jnp.arange(tokens.shape[0]), end]))

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -30,6 +30,11 @@ def split_heads(qkv: Float[Array, "b t c3"], heads: int) -> tuple[Array, Array, 
     batch, tokens, width = qkv.shape
     query, key, value = jnp.split(qkv.reshape(batch, tokens, 3 * heads, width // (3 * heads)), 3, axis=2)
     return query, key, value
+
+
+def embed(table: nnx.Embed, ids: Int[Array, "..."]) -> Float[Array, "... c"]:
+    """Rows of a table, in the dtype of its parameters; called itself, `nnx.Embed` keeps to the dtype it was built in."""
+    return jnp.take(table.embedding[...], ids, axis=0)
 
 
 def layer_norm(x: Float[Array, "b t c"], epsilon: float = 1e-6) -> Float[Array, "b t c"]:

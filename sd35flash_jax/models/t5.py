@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sd35flash_jax.config import T5Config
-from sd35flash_jax.models.layers import attention, scan_blocks, split_heads, stack_blocks
+from sd35flash_jax.models.layers import attention, embed, scan_blocks, split_heads, stack_blocks
 
 
 class T5Layer(nnx.Module):
@@ -44,8 +44,8 @@ class T5Encoder(nnx.Module):
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t c"]:
         """Encode token ids into `(batch, tokens, hidden_size)`; any number of tokens."""
         buckets = position_buckets(tokens.shape[1], self.config.position_buckets, self.config.position_max_distance)
-        bias = self.relative_attention_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
-        x = scan_blocks(self.layers, self.token_embed(tokens), lambda layer, x: layer(x, bias))
+        bias = embed(self.relative_attention_bias, jnp.asarray(buckets)).transpose(2, 0, 1)[None]
+        x = scan_blocks(self.layers, embed(self.token_embed, tokens), lambda layer, x: layer(x, bias))
         return self.final_norm(x)
 
 

@@ -1,0 +1,129 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conversion import diffusers_layout as layout
+from conversion.convert import check_table
+from conversion.rules import Rule, Table
+from sd35flash_jax.checkpoint import abstract_component, parameters
+from sd35flash_jax.config import COMPONENTS, PRESETS, ModelConfig
+from tests.diffusers_source import random_parameters, source_config, source_tensors
+from tests.tiny_model import CONFIG
+
+MANIFESTS = Path(__file__).parents[2].parent / "shared" / "manifests"
+PUBLISHED = {"sd3_medium": "sd3-medium", "sd3.5_medium": "sd3.5-medium", "sd3.5_large": "sd3.5-large"}
+SUB_FOLDERS = {sub: name for name, sub in layout.FOLDERS.items()}
+
+
+def param_shapes(name: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(array.shape) for path, array in parameters(abstract_component(name, config)).items()}
+
+
+@pytest.fixture(params=PUBLISHED)
+def manifest(request):
+    """A published model: its tensors' names and shapes by component, its transformer's configuration, our preset."""
+    file = MANIFESTS / f"{request.param}.diffusers.json"
+    if not file.exists():
+        pytest.skip("the list of the published files' tensors is not beside this repository (../shared/manifests)")
+    return json.loads(file.read_text()), PRESETS[PUBLISHED[request.param]]
+
+
+def test_every_tensor_of_the_published_files_has_its_parameter_and_shape(manifest):
+    content, preset = manifest
+    components = {SUB_FOLDERS[sub]: tensors for sub, tensors in content.items() if sub in SUB_FOLDERS}
+    assert "transformer" in components
+    for name, tensors in components.items():
+        table = layout.TABLES[name](getattr(preset, name))
+        shapes = {key: tuple(shape) for key, shape in tensors.items()}
+        for alias, key in table.aliases.items():
+            assert shapes.pop(alias, shapes[key]) == shapes[key]
+        for key in table.ignored:
+            shapes.pop(key, None)
+        assert check_table(table, shapes, param_shapes(name, preset)) == []
+
+
+def test_the_published_transformer_configuration_is_the_preset(manifest):
+    content, preset = manifest
+    config = ModelConfig.from_json({"transformer": layout.transformer_config(content["config"])})
+    assert config.transformer == preset.transformer
+
+
+MMDIT_STYLES = [
+    replace(CONFIG.transformer, qk_norm=qk_norm, dual_attention_blocks=dual, depth=depth)
+    for qk_norm in (False, True)
+    for depth, dual in [(1, 0), (1, 1), (2, 1), (4, 0), (4, 2), (4, 3), (4, 4)]
+]
+VAE_STYLES = [replace(CONFIG.vae, channels=channels) for channels in [(32, 32, 32, 32), (32, 64, 96, 96), (96, 64, 64, 32)]]
+STYLES = [
+    *((name, CONFIG) for name in COMPONENTS),
+    *(("transformer", ModelConfig(style)) for style in MMDIT_STYLES),
+    *(("vae", ModelConfig(vae=style)) for style in VAE_STYLES),
+]
+
+
+@pytest.mark.parametrize("name, config", STYLES)
+def test_a_table_fills_every_parameter_once_and_uses_no_tensor_twice(name, config):
+    table = layout.TABLES[name](getattr(config, name))
+    sources = [key for rule in table.rules for key in rule.sources]
+    assert len(sources) == len(set(sources))
+    shapes = param_shapes(name, config)
+    faults = check_table(table, {}, shapes)
+    assert [fault.split(":")[0] for fault in faults] == ["missing tensors"]
+
+
+@pytest.mark.parametrize("name, config", STYLES)
+def test_a_configuration_survives_the_way_through_the_diffusers_names(name, config):
+    fields = layout.CONFIGS[name](source_config(getattr(config, name)))
+    assert getattr(ModelConfig.from_json({name: fields}), name) == getattr(config, name)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_the_tables_match_the_tensors_that_the_reference_classes_have(name):
+    pytest.importorskip("torch", reason="needs the reference extra")
+    pytest.importorskip("diffusers", reason="needs the reference extra")
+    from tests import reference_models
+
+    config = getattr(CONFIG, name)
+    model = reference_models.BUILDERS[name](config)
+    table = layout.TABLES[name](config)
+    tensors = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    tensors = {key: shape for key, shape in tensors.items() if key not in table.aliases and key not in table.ignored}
+    assert check_table(table, tensors, param_shapes(name, CONFIG)) == []
+
+
+def faults_after(change) -> list[str]:
+    """What `check_table` finds for the tiny autoencoder after `change` has worked on its three arguments."""
+    table = layout.vae_table(CONFIG.vae)
+    arguments = {
+        "rules": list(table.rules),
+        "sources": {key: array.shape for key, array in source_tensors("vae", random_parameters("vae")).items()},
+        "params": param_shapes("vae", CONFIG),
+    }
+    change(**arguments)
+    return check_table(Table(arguments["rules"]), arguments["sources"], arguments["params"])
+
+
+BIAS = "encoder.conv_in.bias"
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (lambda rules, sources, params: None, None),
+        (lambda rules, sources, params: sources.pop(BIAS), f"missing tensors: {BIAS}"),
+        (lambda rules, sources, params: sources.update(more=(1,)), "surplus tensors: more"),
+        (lambda rules, sources, params: sources.update({BIAS: (3,)}), f"wrong shapes: {BIAS} (shape (3,), expected (32,))"),
+        (lambda rules, sources, params: rules.append(rules[0]), f"parameters filled twice: ('{BIAS[:-4]}kernel', None)"),
+        (lambda rules, sources, params: params.update(more=(1,)), "parameters not filled: ('more', None)"),
+        (lambda rules, sources, params: params.pop(BIAS), f"rules without a parameter: ('{BIAS}', None)"),
+        (
+            lambda rules, sources, params: (rules.append(Rule("more", (BIAS,), rules[1].transform)), params.update(more=(32,))),
+            f"tensors used twice: {BIAS}",
+        ),
+    ],
+)  # fmt: skip
+def test_each_fault_between_table_and_model_is_named(change, fault):
+    faults = faults_after(change)
+    assert (fault in faults) if fault else faults == []

@@ -1,0 +1,89 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sd35flash_jax.text import load_tokenizer, token_counts, tokenize
+from tests.tiny_model import CONFIG, END_OF_TEXT, write_tokenizers
+
+SHARED = Path(__file__).parents[2] / "shared" / "sd3-medium-diffusers"
+PROMPT = "A red fox's photo, in the SNOW café: 3 strawberries!!"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    write_tokenizers(folder)
+    return {name: folder / name for name in ("clip_l", "clip_g", "t5")}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders):
+    return {name: load_tokenizer(name, folder) for name, folder in folders.items()}
+
+
+def test_each_encoder_gets_its_own_count_and_padding(tokenizers):
+    counts = token_counts(CONFIG, t5_tokens=20)
+    tokens = tokenize(tokenizers, ["a red fox", "soup"], counts)
+    assert {name: array.shape for name, array in tokens.items()} == {
+        "clip_l": (2, 77),
+        "clip_g": (2, 77),
+        "t5": (2, 20),
+    }
+    assert all(array.dtype == np.int32 for array in tokens.values())
+    assert tokens["clip_l"][1, -1] == END_OF_TEXT
+    assert tokens["clip_g"][1, -1] == tokenizers["clip_g"].convert_tokens_to_ids("!") == 0
+    assert tokens["t5"][1, -1] == 0
+
+
+def test_a_prompt_that_an_encoder_cannot_read_to_its_end_is_cut_with_a_warning(tokenizers):
+    with pytest.warns(UserWarning, match="clip_l reads 77 tokens and does not see the end"):
+        tokens = tokenize({"clip_l": tokenizers["clip_l"]}, ["fox " * 100], {"clip_l": 77})
+    assert tokens["clip_l"].shape == (1, 77) and tokens["clip_l"][0, -1] == END_OF_TEXT
+
+
+def test_clip_g_pads_with_its_own_token_even_without_a_tokenizer_config(folders, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folders["clip_g"] / name, tmp_path)
+    bare = load_tokenizer("clip_g", tmp_path)
+    whole = load_tokenizer("clip_g", folders["clip_g"])
+    for prompt in ("a red fox", PROMPT):
+        np.testing.assert_array_equal(
+            tokenize({"clip_g": bare}, [prompt], {"clip_g": 77})["clip_g"],
+            tokenize({"clip_g": whole}, [prompt], {"clip_g": 77})["clip_g"],
+        )
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path.name} holds no tokenizer"):
+        load_tokenizer("t5", tmp_path)
+
+
+@pytest.mark.parametrize("encoder", ["clip_l", "t5"])
+def test_a_damaged_tokenizer_is_named(encoder, tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(ValueError, match=f"the tokenizer in .*{tmp_path.name} cannot be read"):
+        load_tokenizer(encoder, tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published tokenizers in ../shared")
+@pytest.mark.parametrize(
+    ("encoder", "folder", "files"),
+    [
+        ("clip_l", "tokenizer", ["vocab.json", "merges.txt"]),
+        ("clip_g", "tokenizer_2", ["vocab.json", "merges.txt"]),
+        ("t5", "tokenizer_3", ["spiece.model"]),
+        ("t5", "tokenizer_3", ["tokenizer.json"]),
+    ],
+)
+def test_the_published_tokenizers_load_from_each_form_they_are_stored_in(encoder, folder, files, tmp_path):
+    for name in files:
+        shutil.copy(SHARED / folder / name, tmp_path)
+    whole = load_tokenizer(encoder, SHARED / folder)
+    partial = load_tokenizer(encoder, tmp_path)
+    counts = {encoder: 77}
+    expected = tokenize({encoder: whole}, [PROMPT, ""], counts)[encoder]
+    np.testing.assert_array_equal(tokenize({encoder: partial}, [PROMPT, ""], counts)[encoder], expected)
+    # T5 ends with </s> and <pad>; CLIP-L repeats <|endoftext|>; OpenCLIP pads with "!".
+    assert expected[1].tolist()[-2:] == {"clip_l": [49407] * 2, "clip_g": [0] * 2, "t5": [0] * 2}[encoder]
