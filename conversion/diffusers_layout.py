@@ -203,7 +203,8 @@ TABLES: dict[str, Callable[[Any], Table]] = {
 
 
 def transformer_config(data: dict[str, Any]) -> dict[str, Any]:
-    dual_layers = list(data.get("dual_attention_layers") or ())
+    data = {"sample_size": 128} | data
+    dual_layers = _list("transformer", data, "dual_attention_layers")
     _require("transformer", data, "qk_norm", (None, "rms_norm"), absent=None)
     _require("transformer", data, "dual_attention_layers", (None, list(range(len(dual_layers)))), absent=None)
     _require("transformer", data, "out_channels", (data.get("in_channels"),), absent=data.get("in_channels"))
@@ -218,16 +219,20 @@ def transformer_config(data: dict[str, Any]) -> dict[str, Any]:
         "position_table_side": "pos_embed_max_size",
     }
     config = _select("transformer", data, fields)
-    _require("transformer", data, "caption_projection_dim", (config["heads"] * config["head_size"],), absent=None)
+    heads, head_size, patch_size, sample_size = (
+        _number("transformer", data, key)
+        for key in ("num_attention_heads", "attention_head_dim", "patch_size", "sample_size")
+    )
+    _require("transformer", data, "caption_projection_dim", (heads * head_size,), absent=None)
     return config | {
-        "position_base": data.get("sample_size", 128) // config["patch_size"],
+        "position_base": sample_size // patch_size,
         "qk_norm": data.get("qk_norm") == "rms_norm",
         "dual_attention_blocks": len(dual_layers),
     }
 
 
 def vae_config(data: dict[str, Any]) -> dict[str, Any]:
-    levels = len(data.get("block_out_channels") or ())
+    levels = len(_list("vae", data, "block_out_channels"))
     for key, value in {
         "use_quant_conv": False,
         "use_post_quant_conv": False,
@@ -297,6 +302,20 @@ def _select(component: str, data: dict[str, Any], fields: dict[str, str]) -> dic
     if absent:
         raise ValueError(f"the configuration of the {component} does not say {', '.join(absent)}")
     return {ours: data[theirs] for ours, theirs in fields.items()}
+
+
+def _number(component: str, data: dict[str, Any], key: str) -> int:
+    value = data.get(key)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"the configuration of the {component} has {key} {value!r} in place of a positive number")
+    return value
+
+
+def _list(component: str, data: dict[str, Any], key: str) -> list[Any]:
+    value = data.get(key) or []
+    if not isinstance(value, list):
+        raise ValueError(f"the configuration of the {component} has {key} {value!r} in place of a list")
+    return value
 
 
 def _require(component: str, data: dict[str, Any], key: str, supported: tuple[Any, ...], absent: Any) -> None:

@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed with one sentence, 2 wrong usage."""
     options = _parser().parse_args(arguments)
-    _quieten_libraries()
+    _show_warnings_plainly()
     try:
         options.run(options)
         return 0
@@ -35,10 +35,7 @@ def _fail(message: str) -> int:
     return EXIT_FAILED
 
 
-def _quieten_libraries() -> None:
-    import absl.logging
-
-    absl.logging.set_verbosity(absl.logging.ERROR)
+def _show_warnings_plainly() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"sd35flash-jax: {message}", file=sys.stderr)
 
 

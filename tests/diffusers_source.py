@@ -9,16 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from conversion.diffusers_layout import FOLDERS, TABLES, TOKENIZER_FOLDERS
-from sd35flash_jax.checkpoint import build_component, parameters
 from sd35flash_jax.config import COMPONENTS, CLIPConfig, MMDiTConfig, T5Config, VAEConfig
-from tests.tiny_model import CONFIG, write_tokenizers
-
-
-def random_parameters(name: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Normal random values for every parameter of a component, so that no two of them can be exchanged unnoticed."""
-    random = np.random.default_rng(seed)
-    shapes = {path: array.shape for path, array in parameters(build_component(name, CONFIG)).items()}
-    return {path: random.normal(size=shape).astype(np.float32) for path, shape in sorted(shapes.items())}
+from tests.tiny_model import CONFIG, random_parameters, write_tokenizers
 
 
 def source_tensors(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from sd35flash_jax.checkpoint import abstract_component, parameters
 from sd35flash_jax.config import CLIPConfig, MMDiTConfig, ModelConfig, T5Config, VAEConfig
 
 CLIP_VOCABULARY = 700
@@ -33,6 +35,25 @@ CONFIG = ModelConfig(
 CLIP-L reads its pooled state by the rule of `eos_token_id == 2`, CLIP-G by its explicit id; the tokenizers below give
 the end of text the highest id, as CLIP's do, so both rules mean the same token.
 """
+
+
+def random_parameters(name: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """A value for every parameter of a component, no two alike, so that none can be left out or exchanged unnoticed;
+    of a size that keeps the activations near one."""
+    random = np.random.default_rng(seed)
+    shapes = {path: array.shape for path, array in parameters(abstract_component(name, CONFIG)).items()}
+    return {path: _random_values(path, shape, random) for path, shape in sorted(shapes.items())}
+
+
+def _random_values(path: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    noise = random.standard_normal(shape, np.float32)
+    if path.endswith(".kernel"):
+        layers = shape[0] if path.startswith(("layers.", "blocks.", "dual_blocks.")) else 1
+        return noise / np.float32(np.sqrt(noise.size / layers / shape[-1]))
+    if path.endswith(".scale"):
+        return 1 + noise / 5
+    return noise / 5 if path.endswith(".bias") else noise
+
 
 TEXT = """A red fox sits in the snow under a winter sky. An astronaut rides a horse on the moon, in the style of an oil
 painting. Two cats and three dogs play with a blue ball near the river. A bowl of soup; a cup of coffee; a slice of

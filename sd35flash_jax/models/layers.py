@@ -33,21 +33,24 @@ def split_heads(qkv: Float[Array, "b t c3"], heads: int) -> tuple[Array, Array, 
 
 
 def embed(table: nnx.Embed, ids: Int[Array, "..."]) -> Float[Array, "... c"]:
-    """Rows of a table, in the dtype of its parameters; called itself, `nnx.Embed` keeps to the dtype it was built in."""
+    """Rows of a table, in the dtype of its parameters; `nnx.Embed`, called itself, keeps the one it was built in."""
     return jnp.take(table.embedding[...], ids, axis=0)
 
 
-def layer_norm(x: Float[Array, "b t c"], epsilon: float = 1e-6) -> Float[Array, "b t c"]:
-    """Layer norm without learned scale and bias, in float32; the result has the dtype of `x`."""
+def adaptive_layer_norm(
+    x: Float[Array, "b t c"], shift: Float[Array, "b 1 c"], scale: Float[Array, "b 1 c"]
+) -> Float[Array, "b t c"]:
+    """Layer norm whose scale and shift come from the conditioning (DiT, arXiv 2212.09748, section 3.2): all of it in
+    float32, rounded to the dtype of `x` once."""
     wide = x.astype(jnp.float32)
-    mean = wide.mean(axis=-1, keepdims=True)
-    variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
-    return ((wide - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
+    return (normed * (1 + scale.astype(jnp.float32)) + shift).astype(x.dtype)
 
 
-def modulate(x: Float[Array, "b t c"], shift: Float[Array, "b 1 c"], scale: Float[Array, "b 1 c"]) -> Array:
-    """Adaptive layer norm's affine part (DiT, arXiv 2212.09748, section 3.2)."""
-    return x * (1 + scale) + shift
+def add_gated(x: Float[Array, "b t c"], gate: Float[Array, "b 1 c"], update: Float[Array, "b t c"]) -> Array:
+    """`x + gate * update`, rounded to the dtype of `x` once."""
+    return (x.astype(jnp.float32) + gate.astype(jnp.float32) * update).astype(x.dtype)
 
 
 def sinusoidal_embedding(timestep: Num[Array, " b"], size: int, max_period: float = 10_000.0) -> Float[Array, "b c"]:

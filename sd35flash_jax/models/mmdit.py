@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Num
 
 from sd35flash_jax.config import MMDiTConfig
 from sd35flash_jax.models.layers import (
+    adaptive_layer_norm,
+    add_gated,
     attention,
-    layer_norm,
-    modulate,
     scan_blocks,
     sinusoidal_embedding,
     split_heads,
@@ -94,12 +94,13 @@ class Stream(nnx.Module):
     ) -> Float[Array, "b t c"]:
         """Add what the joint attention brought, then the second attention and the feed-forward layer."""
         gate, shift_ff, scale_ff, gate_ff = vectors[2:6]
-        attended = x + gate * self.attention.out(mixed)
+        attended = add_gated(x, gate, self.attention.out(mixed))
         if self.second_attention is not None:
             shift, scale, gate = vectors[6:]
-            mixed = attention(*self.second_attention.project(modulate(layer_norm(x), shift, scale)))
-            attended = attended + gate * self.second_attention.out(mixed)
-        return attended + gate_ff * self.feed_forward(modulate(layer_norm(attended), shift_ff, scale_ff))
+            mixed = attention(*self.second_attention.project(adaptive_layer_norm(x, shift, scale)))
+            attended = add_gated(attended, gate, self.second_attention.out(mixed))
+        fed_forward = self.feed_forward(adaptive_layer_norm(attended, shift_ff, scale_ff))
+        return add_gated(attended, gate_ff, fed_forward)
 
 
 class JointBlock(nnx.Module):
@@ -114,8 +115,8 @@ class JointBlock(nnx.Module):
     ) -> tuple[Array, Array]:
         image_vectors = modulation_vectors(self.image, condition)
         context_vectors = modulation_vectors(self.context, condition)
-        from_image = self.image.attention.project(modulate(layer_norm(image), *image_vectors[:2]))
-        from_context = self.context.attention.project(modulate(layer_norm(context), *context_vectors[:2]))
+        from_image = self.image.attention.project(adaptive_layer_norm(image, *image_vectors[:2]))
+        from_context = self.context.attention.project(adaptive_layer_norm(context, *context_vectors[:2]))
         mixed = attention(*(jnp.concatenate(pair, axis=1) for pair in zip(from_image, from_context)))
         to_image, to_context = jnp.split(mixed, [image.shape[1]], axis=1)
 
@@ -187,7 +188,7 @@ class MMDiT(nnx.Module):
         image, _ = self.last_block(*streams, condition)
 
         shift, scale = jnp.split(self.out_modulation(condition)[:, None], 2, axis=-1)
-        return self.unpatchify(self.out(modulate(layer_norm(image), shift, scale)), height, width)
+        return self.unpatchify(self.out(adaptive_layer_norm(image, shift, scale)), height, width)
 
     def patchify(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b t p"]:
         """Cut into patches, row by row; a patch's features run over its rows, columns and channels."""

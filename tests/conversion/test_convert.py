@@ -99,9 +99,7 @@ def test_tokenizers_are_copied_whole(clip_source, tmp_path):
             assert file.read_bytes() == (folder / sub / file.name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "dtype, stored", [(np.float32, "<f4"), (np.float16, "<f2"), (ml_dtypes.bfloat16, "bfloat16")]
-)
+@pytest.mark.parametrize("dtype, stored", [(np.float32, "<f4"), (np.float16, "<f2"), (ml_dtypes.bfloat16, "bfloat16")])
 def test_weights_keep_the_dtype_of_the_source(dtype, stored, source, clip_source, tmp_path):
     expected = {path: array.astype(dtype) for path, array in clip_source[1]["clip_l"].items()}
     shutil.rmtree(source / "text_encoder_2")
@@ -381,6 +379,9 @@ def test_an_unsupported_configuration_is_refused_by_field(sub, key, value, whole
         ("transformer", "patch_size", -2),
         ("transformer", "joint_attention_dim", 10**12),
         ("transformer", "sample_size", "128"),
+        ("transformer", "sample_size", None),
+        ("transformer", "patch_size", 0),
+        ("transformer", "num_attention_heads", [4]),
         ("transformer", "dual_attention_layers", 3),
         ("vae", "block_out_channels", [32, 64]),
         ("vae", "block_out_channels", 32),

@@ -3,9 +3,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="needs the reference extra")
-pytest.importorskip("transformers", reason="needs the reference extra")
-
 from sd35flash_jax.models.clip import CLIPTextEncoder
 from tests.parity.comparison import Pair, as_numpy, as_torch, max_error, record_bfloat16, run_ours
 from tests.tiny_model import CLIP_VOCABULARY, CONFIG, END_OF_TEXT

@@ -2,10 +2,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch", reason="needs the reference extra")
-pytest.importorskip("diffusers", reason="needs the reference extra")
-
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
 from sd35flash_jax.config import MMDiTConfig

@@ -1,9 +1,6 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="needs the reference extra")
-pytest.importorskip("diffusers", reason="needs the reference extra")
-
 from sd35flash_jax.models.vae import VAE
 from tests.parity.comparison import Pair, as_numpy, as_torch, max_error, record_bfloat16, rounded, run_ours
 from tests.tiny_model import CONFIG

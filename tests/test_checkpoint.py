@@ -1,0 +1,298 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sd35flash_jax.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    StreamedArray,
+    build_component,
+    load_checkpoint,
+    parameters,
+    read_config,
+    save_checkpoint,
+)
+from sd35flash_jax.config import ModelConfig
+from tests.tiny_model import CONFIG, random_parameters
+
+CLIP = ModelConfig(clip_l=CONFIG.clip_l, clip_g=CONFIG.clip_g)
+
+
+@pytest.fixture(scope="module")
+def clip_checkpoint(tmp_path_factory) -> tuple[Path, dict[str, dict[str, np.ndarray]]]:
+    """A checkpoint of two components and what it holds. Read it only."""
+    folder = tmp_path_factory.mktemp("clip") / "checkpoint"
+    arrays = {name: random_parameters(name, seed) for seed, name in enumerate(CLIP.components)}
+    save_checkpoint(folder, CLIP, arrays, source={"name": "a test"})
+    return folder, arrays
+
+
+@pytest.fixture
+def damaged(clip_checkpoint, tmp_path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(clip_checkpoint[0], tmp_path / "checkpoint"))
+
+
+def values(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
+    return {path: np.asarray(array) for path, array in parameters(checkpoint.components[name]).items()}
+
+
+def chunks(folder: Path, param: str) -> list[Path]:
+    return sorted(file for file in (folder / param).iterdir() if not file.name.startswith("."))
+
+
+# Round trips
+
+
+def test_every_parameter_survives_bit_by_bit(clip_checkpoint):
+    folder, arrays = clip_checkpoint
+    loaded = load_checkpoint(folder, dtype="float32")
+    assert loaded.config == CLIP
+    assert tuple(loaded.components) == CLIP.components
+    for name in CLIP.components:
+        found = values(loaded, name)
+        assert set(found) == set(arrays[name])
+        for path, array in arrays[name].items():
+            np.testing.assert_array_equal(found[path], array)
+
+
+def test_a_module_survives_with_its_outputs(tmp_path):
+    config = ModelConfig(clip_l=CONFIG.clip_l)
+    module = build_component("clip_l", config, seed=3)
+    save_checkpoint(tmp_path / "checkpoint", config, {"clip_l": module})
+    again = load_checkpoint(tmp_path / "checkpoint", dtype="float32").components["clip_l"]
+    tokens = jnp.arange(14, dtype=jnp.int32).reshape(2, 7)
+    for mine, expected in zip(again(tokens), module(tokens)):
+        np.testing.assert_array_equal(mine, expected)
+
+
+def test_components_built_from_different_seeds_differ():
+    one, other = (parameters(build_component("clip_l", CONFIG, seed)) for seed in (1, 2))
+    kernel = "layers.qkv.kernel"
+    assert not np.array_equal(one[kernel], other[kernel])
+    assert not np.array_equal(one[kernel][0], one[kernel][1])
+
+
+def test_parameters_are_cast_while_they_are_loaded(clip_checkpoint):
+    folder, arrays = clip_checkpoint
+    found = values(load_checkpoint(folder, dtype="bfloat16"), "clip_l")
+    for path, array in arrays["clip_l"].items():
+        assert found[path].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(found[path], array.astype(ml_dtypes.bfloat16))
+
+
+def test_bfloat16_weights_load_exactly_as_float32(tmp_path):
+    config = ModelConfig(clip_l=CONFIG.clip_l)
+    arrays = {path: array.astype(ml_dtypes.bfloat16) for path, array in random_parameters("clip_l").items()}
+    save_checkpoint(tmp_path / "checkpoint", config, {"clip_l": arrays})
+    found = values(load_checkpoint(tmp_path / "checkpoint", dtype="float32"), "clip_l")
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(found[path], array.astype(np.float32))
+
+
+def test_streamed_parameters_are_stored_as_whole_ones_are(clip_checkpoint, tmp_path):
+    _, arrays = clip_checkpoint
+
+    def streamed(path: str, array: np.ndarray) -> StreamedArray:
+        stacked = path.startswith("layers.")
+        return StreamedArray(array.shape, array.dtype, lambda: iter(enumerate(array) if stacked else [(..., array)]))
+
+    components = {name: {path: streamed(path, array) for path, array in arrays[name].items()} for name in arrays}
+    save_checkpoint(tmp_path / "checkpoint", CLIP, components)
+    loaded = load_checkpoint(tmp_path / "checkpoint", dtype="float32")
+    for name in CLIP.components:
+        for path, array in arrays[name].items():
+            np.testing.assert_array_equal(values(loaded, name)[path], array)
+
+
+def test_a_streamed_layer_of_zeros_has_its_file(tmp_path):
+    config = ModelConfig(clip_l=CONFIG.clip_l)
+    arrays = random_parameters("clip_l")
+    zeros = np.zeros_like(arrays["layers.linear_1.bias"])
+    streamed = {"layers.linear_1.bias": StreamedArray(zeros.shape, zeros.dtype, lambda: iter(enumerate(zeros)))}
+    save_checkpoint(tmp_path / "checkpoint", config, {"clip_l": arrays | streamed})
+    assert len(chunks(tmp_path / "checkpoint" / "clip_l", "layers.linear_1.bias")) == len(zeros)
+    assert not values(load_checkpoint(tmp_path / "checkpoint"), "clip_l")["layers.linear_1.bias"].any()
+
+
+def test_one_component_loads_alone(clip_checkpoint):
+    folder, arrays = clip_checkpoint
+    loaded = load_checkpoint(folder, ["clip_g"], dtype="float32")
+    assert tuple(loaded.components) == ("clip_g",)
+    kernel = "layers.qkv.kernel"
+    np.testing.assert_array_equal(values(loaded, "clip_g")[kernel], arrays["clip_g"][kernel])
+
+
+def test_one_component_loads_though_another_is_damaged(damaged):
+    shutil.rmtree(damaged / "clip_l")
+    load_checkpoint(damaged, ["clip_g"])
+    with pytest.raises(CheckpointError, match="clip_l"):
+        load_checkpoint(damaged, ["clip_l"])
+
+
+def test_the_configuration_is_read_without_weights(damaged):
+    shutil.rmtree(damaged / "clip_l")
+    assert read_config(damaged) == CLIP
+
+
+def test_the_tokenizers_of_the_loaded_encoders_are_found(small_checkpoint):
+    assert set(load_checkpoint(small_checkpoint, ["vae", "clip_g"]).tokenizers) == {"clip_g"}
+    folder = load_checkpoint(small_checkpoint, ["clip_g"]).tokenizers["clip_g"]
+    assert (folder / "merges.txt").is_file()
+
+
+# The directory
+
+
+def test_every_file_is_accounted_for_with_its_size(small_checkpoint):
+    recorded = json.loads((small_checkpoint / "config.json").read_text())["files"]
+    found = {
+        file.relative_to(small_checkpoint).as_posix(): file.stat().st_size
+        for file in small_checkpoint.rglob("*")
+        if file.is_file()
+    }
+    found.pop("config.json")
+    assert recorded == found
+    assert {name.split("/")[0] for name in found} == {*CONFIG.components, "tokenizers"}
+
+
+def test_where_the_weights_came_from_is_recorded(clip_checkpoint):
+    assert json.loads((clip_checkpoint[0] / "config.json").read_text())["source"] == {"name": "a test"}
+
+
+def test_a_checkpoint_can_be_moved(clip_checkpoint, tmp_path):
+    folder = Path(shutil.copytree(clip_checkpoint[0], tmp_path / "elsewhere"))
+    kernel = "layers.qkv.kernel"
+    found = values(load_checkpoint(folder, ["clip_l"], dtype="float32"), "clip_l")
+    np.testing.assert_array_equal(found[kernel], clip_checkpoint[1]["clip_l"][kernel])
+
+
+def test_a_relative_path_is_understood(clip_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("made/here", CLIP, clip_checkpoint[1])
+    assert read_config(tmp_path / "made" / "here") == CLIP
+    assert tuple(load_checkpoint("made/here").components) == CLIP.components
+
+
+def test_others_may_read_a_checkpoint_as_any_new_folder(clip_checkpoint):
+    assert clip_checkpoint[0].stat().st_mode & 0o777 == 0o755
+
+
+# Refusals
+
+
+def test_an_existing_destination_is_refused_and_left_alone(clip_checkpoint, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "mine").write_text("precious")
+    with pytest.raises(FileExistsError, match="already exists"):
+        save_checkpoint(tmp_path / "checkpoint", CLIP, clip_checkpoint[1])
+    assert [file.read_text() for file in (tmp_path / "checkpoint").iterdir()] == ["precious"]
+
+
+def test_components_that_the_configuration_does_not_have_are_refused(clip_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="clip_g"):
+        save_checkpoint(tmp_path / "checkpoint", ModelConfig(clip_l=CONFIG.clip_l), clip_checkpoint[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_writing_leaves_nothing_behind(clip_checkpoint, tmp_path):
+    def source():
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        save_checkpoint(tmp_path / "checkpoint", CLIP, clip_checkpoint[1], source=source)
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_refused(folder: Path, *fragments: str, **options) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folder, **options)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("param", ["layers.qkv.kernel", "token_embed.embedding"])
+def test_a_missing_chunk_is_named(param, damaged):
+    chunk = chunks(damaged / "clip_g", param)[-1]
+    chunk.unlink()
+    assert_refused(damaged, f"{chunk} is missing")
+
+
+@pytest.mark.parametrize("param", ["layers.qkv.kernel", "token_embed.embedding"])
+def test_a_truncated_chunk_is_named(param, damaged):
+    chunk = chunks(damaged / "clip_g", param)[-1]
+    size = chunk.stat().st_size
+    os.truncate(chunk, size - 1)
+    assert_refused(damaged, str(chunk), f"{size - 1} bytes in place of {size}")
+
+
+def test_missing_metadata_is_named(damaged):
+    metadata = damaged / "clip_g" / "_METADATA"
+    metadata.unlink()
+    assert_refused(damaged, f"{metadata} is missing")
+
+
+def test_a_missing_tokenizer_file_is_named(small_checkpoint, tmp_path):
+    folder = Path(shutil.copytree(small_checkpoint, tmp_path / "checkpoint"))
+    (folder / "tokenizers" / "clip_l" / "merges.txt").unlink()
+    assert_refused(folder, "merges.txt is missing", components=["clip_l"])
+
+
+def test_a_component_that_the_checkpoint_does_not_have_is_named(clip_checkpoint):
+    assert_refused(clip_checkpoint[0], "t5", "clip_l, clip_g", components=["clip_l", "t5"])
+
+
+def test_an_unsupported_dtype_is_named(clip_checkpoint):
+    with pytest.raises(ValueError, match="float16"):
+        load_checkpoint(clip_checkpoint[0], dtype="float16")
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_with_the_remedy(tmp_path):
+    assert_refused(tmp_path, f"{tmp_path} is not a checkpoint", "sd35flash-jax convert")
+    assert_refused(tmp_path / "nothing", "is not a checkpoint")
+
+
+@pytest.mark.parametrize("content", ['{"_class_name": "SD3Transformer2DModel"}', "[]", "null", '{"format": 99}'])
+def test_a_configuration_of_another_kind_is_refused_with_the_remedy(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    assert_refused(tmp_path, str(tmp_path), "convert")
+
+
+def change_header(folder: Path, **changes) -> None:
+    header = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(header | changes))
+
+
+@pytest.mark.parametrize("content", ["", "{", "\xff"])
+def test_a_damaged_configuration_is_named(content, damaged):
+    (damaged / "config.json").write_bytes(content.encode("latin-1"))
+    assert_refused(damaged, str(damaged / "config.json"))
+
+
+@pytest.mark.parametrize("missing", ["model", "files"])
+def test_a_header_without_one_of_its_parts_is_refused(missing, damaged):
+    header = json.loads((damaged / "config.json").read_text())
+    del header[missing]
+    (damaged / "config.json").write_text(json.dumps(header))
+    assert_refused(damaged, str(damaged / "config.json"))
+
+
+def test_an_invalid_model_configuration_is_refused_by_field(damaged):
+    model = CLIP.to_json()
+    model["clip_l"]["layers"] = "three"
+    change_header(damaged, model=model)
+    assert_refused(damaged, str(damaged / "config.json"), "clip_l.layers")
+
+
+def test_a_configuration_that_contradicts_the_weights_is_refused_by_parameter(damaged):
+    model = CLIP.to_json()
+    model["clip_l"]["feed_forward_size"] = 65
+    change_header(damaged, model=model)
+    assert_refused(damaged, "clip_l", "layers.linear_1", "65", components=["clip_l"])

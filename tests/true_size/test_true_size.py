@@ -1,0 +1,64 @@
+"""The published dimensions, with random weights: run by hand with `pytest -m slow -s tests/true_size`. Needs 24 GiB of
+memory and 30 GB of disk; each step runs in a process of its own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sd35flash_jax import Conditioning
+from sd35flash_jax.checkpoint import abstract_component
+from sd35flash_jax.config import PRESETS
+from sd35flash_jax.sampling import STEP_CAPACITY, euler_steps
+
+pytestmark = pytest.mark.slow
+
+PARAMETERS = {"transformer": 2_469_663_936, "t5": 4_762_310_656, "clip_g": 694_659_840}
+
+
+def run(step: str, component: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.true_size.worker", step, component, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    print(f"{component} {step}: {figures}")
+    return figures
+
+
+@pytest.mark.parametrize("component", ["transformer", "clip_g", "t5"])
+def test_a_component_converts_and_agrees_with_the_reference(component, tmp_path, record_parity):
+    pytest.importorskip("torch", reason="needs the reference extra")
+    assert run("make", component, tmp_path)["parameters"] == PARAMETERS[component]
+    converted = run("convert", component, tmp_path)
+    assert converted["peak_gib"] < 3
+    run("reference", component, tmp_path)
+    run("ours", component, tmp_path)
+    for output in ("", "_pooled") if component == "clip_g" else ("",):
+        reference = np.load(tmp_path / f"reference{output}.npy")
+        error = np.abs(np.load(tmp_path / f"ours{output}.npy") - reference).max()
+        scale = np.abs(reference).max()
+        record_parity(f"true size, {component}{output}", error, 1e-4 * max(scale, 1), relative=error / scale)
+
+
+@pytest.mark.parametrize("side", [32, 64, 128])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_sampling_program_of_sd35_medium_compiles_within_ten_seconds(side, dtype):
+    def shaped(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    transformer = abstract_component("transformer", PRESETS["sd3.5-medium"])
+    transformer = jax.tree.map(lambda array: shaped(*array.shape, dtype=dtype), transformer)
+    conditioning = Conditioning(shaped(1, 333, 4096, dtype=dtype), shaped(1, 2048, dtype=dtype))
+    latents, sigmas, index = shaped(1, side, side, 16), shaped(STEP_CAPACITY), shaped(dtype="int32")
+    start = time.perf_counter()
+    lowered = euler_steps.lower(transformer, latents, sigmas, index, index, (conditioning, conditioning), shaped())
+    lowered.compile()
+    seconds = time.perf_counter() - start
+    print(f"sampling program, {8 * side} px, {jnp.dtype(dtype).name}: traced and compiled in {seconds:.1f} s")
+    assert seconds <= 10
