@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 Size = Annotated[int, Field(gt=0, le=2**24)]
 Count = Annotated[int, Field(ge=0, le=2**24)]
 Sigma = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 TEXT_ENCODERS = ("clip_l", "clip_g", "t5")
 COMPONENTS = ("transformer", "vae", *TEXT_ENCODERS)
@@ -51,8 +52,8 @@ class VAEConfig:
     blocks_per_level: Size = 2
     latent_channels: Size = 16
     norm_groups: Size = 32
-    scale: float = 1.5305
-    shift: float = 0.0609
+    scale: Positive = 1.5305
+    shift: Annotated[float, Field(allow_inf_nan=False)] = 0.0609
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class CLIPConfig:
     activation: Literal["quick_gelu", "gelu"]
     vocabulary: Size = 49408
     positions: Size = 77
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Positive = 1e-5
     eos_token_id: Count = 2
 
 
@@ -87,7 +88,7 @@ class T5Config:
     vocabulary: Size = 32128
     position_buckets: Size = 32
     position_max_distance: Size = 128
-    norm_epsilon: float = 1e-6
+    norm_epsilon: Positive = 1e-6
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ScheduleConfig:
     """The rectified flow's schedule. `sigmas` holds the distilled schedules a checkpoint was trained for, at most
     one for each step count; other step counts are spaced by `shift`."""
 
-    shift: Annotated[float, Field(gt=0.0)] = 3.0
+    shift: Positive = 3.0
     sigmas: tuple[tuple[Sigma, ...], ...] = ()
 
 

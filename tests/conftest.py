@@ -67,6 +67,7 @@ def record_parity(request: pytest.FixtureRequest) -> RecordParity:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The parity table: the worst case of each subject, or every case with -v."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     rows = [
         value
@@ -77,12 +78,19 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     ]
     if not rows:
         return
-    terminalreporter.section("parity with the reference")
-    terminalreporter.write_line("| item | error | relative | tolerance | remarks |")
-    terminalreporter.write_line("| --- | --- | --- | --- | --- |")
+    subjects: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        known = ("item", "error", "relative", "tolerance")
-        remarks = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in row.items() if key not in known)
-        relative = "" if row["relative"] is None else f"{row['relative']:.1e}"
-        line = f"| {row['item']} | {row['error']:.1e} | {relative} | {row['tolerance']:.1e} | {remarks} |"
+        whole = terminalreporter.config.get_verbosity() > 0
+        subject = row["item"].split(",")[0] + (", bfloat16 rounding (RMS)" if "bfloat16" in row["item"] else "")
+        subjects.setdefault(row["item"] if whole else subject, []).append(row)
+    terminalreporter.section("parity with the reference")
+    terminalreporter.write_line("| subject | cases | worst error | tolerance | remarks |")
+    terminalreporter.write_line("| --- | --- | --- | --- | --- |")
+    for subject, cases in subjects.items():
+        worst = max(cases, key=lambda row: row["error"] / row["tolerance"] if row["tolerance"] else row["error"])
+        remarks = {key: value for key, value in worst.items() if key not in ("item", "error", "relative", "tolerance")}
+        if worst["relative"] is not None:
+            remarks = {"relative": f"{worst['relative']:.1e}"} | remarks
+        described = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in remarks.items())
+        line = f"| {subject} | {len(cases)} | {worst['error']:.1e} | {worst['tolerance']:.1e} | {described} |"
         terminalreporter.write_line(line)

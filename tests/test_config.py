@@ -22,15 +22,16 @@ from tests.tiny_model import CONFIG
 SIZES = st.integers(1, 2**24)
 COUNTS = st.integers(0, 2**24)
 NUMBERS = st.floats(-1e6, 1e6)
+POSITIVE = st.floats(1e-6, 1e6)
 CONFIGS = st.builds(
     ModelConfig,
     transformer=st.none()
     | st.builds(MMDiTConfig, SIZES, SIZES, SIZES, SIZES, qk_norm=st.booleans(), dual_attention_blocks=COUNTS),
-    vae=st.none() | st.builds(VAEConfig, st.tuples(SIZES, SIZES, SIZES, SIZES), SIZES, scale=NUMBERS, shift=NUMBERS),
+    vae=st.none() | st.builds(VAEConfig, st.tuples(SIZES, SIZES, SIZES, SIZES), SIZES, scale=POSITIVE, shift=NUMBERS),
     clip_l=st.none()
     | st.builds(CLIPConfig, SIZES, SIZES, SIZES, SIZES, SIZES, st.sampled_from(["gelu", "quick_gelu"]), SIZES),
-    clip_g=st.none() | st.builds(CLIPConfig, SIZES, SIZES, SIZES, SIZES, SIZES, st.just("gelu"), norm_epsilon=NUMBERS),
-    t5=st.none() | st.builds(T5Config, SIZES, SIZES, position_buckets=SIZES, norm_epsilon=NUMBERS),
+    clip_g=st.none() | st.builds(CLIPConfig, SIZES, SIZES, SIZES, SIZES, SIZES, st.just("gelu"), norm_epsilon=POSITIVE),
+    t5=st.none() | st.builds(T5Config, SIZES, SIZES, position_buckets=SIZES, norm_epsilon=POSITIVE),
     schedule=st.builds(ScheduleConfig, st.floats(0.1, 100)),
 )
 
@@ -77,6 +78,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("transformer.dual_attention_blocks", -1),
         ("vae.channels", 3),
         ("vae.scale", None),
+        ("vae.scale", 0.0),
+        ("vae.shift", float("nan")),
         ("clip_l.activation", "relu"),
         ("clip_g.vocabulary", 2**40),
         ("t5.layers", []),

@@ -29,9 +29,7 @@ def ours(checkpoint) -> Callable[..., FlashPipeline]:
 def reference(reference_folder) -> Callable[..., StableDiffusion3Pipeline]:
     def load(dtype: str = "float32", with_t5: bool = True) -> StableDiffusion3Pipeline:
         left_out: dict[str, Any] = {} if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        pipe = StableDiffusion3Pipeline.from_pretrained(
-            reference_folder, torch_dtype=getattr(torch, dtype), **left_out
-        )
+        pipe = StableDiffusion3Pipeline.from_pretrained(reference_folder, torch_dtype=getattr(torch, dtype), **left_out)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
