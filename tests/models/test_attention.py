@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sd35flash_jax.models.layers import attention
+
+
+def literal_attention(query, key, value, causal=False, scale=None):
+    """Softmax attention in NumPy, float64."""
+    query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
+    logits = np.einsum("btnd,bsnd->bnts", query, key) * (scale or query.shape[-1] ** -0.5)
+    if causal:
+        logits = np.where(np.tri(*logits.shape[-2:], dtype=bool), logits, -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    mixed = np.einsum("bnts,bsnd->btnd", weights / weights.sum(axis=-1, keepdims=True), value)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def operands(tokens: int, heads: int = 3, head_size: int = 64, dtype: str = "float32") -> list[jax.Array]:
+    draw = np.random.default_rng(0)
+    return [jnp.asarray(draw.normal(size=(2, tokens, heads, head_size)), dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 1.0, 0.25])
+def test_attention_is_the_softmax_weighted_mean_of_the_values(causal, scale):
+    query, key, value = operands(9)
+    with jax.default_matmul_precision("highest"):
+        mixed = attention(query, key, value, causal=causal, scale=scale)
+    np.testing.assert_allclose(mixed, literal_attention(query, key, value, causal, scale), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [77, 333, 1357])
+def test_the_flash_kernel_agrees_with_its_portable_twin(tokens, causal):
+    query, key, value = operands(tokens, dtype="bfloat16")
+    expected = literal_attention(query, key, value, causal)
+
+    def relative_error(device: jax.Device) -> float:
+        arrays = jax.device_put((query, key, value), device)
+        mixed = jax.jit(lambda *arrays: attention(*arrays, causal=causal))(*arrays)
+        return np.linalg.norm(np.asarray(mixed, np.float64) - expected) / np.linalg.norm(expected)
+
+    lowered = jax.jit(lambda *arrays: attention(*arrays, causal=causal)).lower(query, key, value).as_text()
+    assert "cudnn" in lowered, "the GPU program uses the kernel"
+    flash, portable = relative_error(jax.devices("gpu")[0]), relative_error(jax.devices("cpu")[0])
+    assert flash < 1e-2 and portable < 1e-2
