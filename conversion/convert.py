@@ -5,8 +5,9 @@ import hashlib
 import math
 import os
 import shutil
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,137 +17,113 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from conversion import diffusers_layout as layout
 from conversion.rules import Rule, Table
-from conversion.safetensors_file import Tensor, find_weights, open_all
+from conversion.safetensors_file import Tensor
+from conversion.sources import Part, Source, find_tokenizers, open_component, open_source
 from sd35flash_jax.checkpoint import DTYPES, StreamedArray, abstract_component, parameters, save_checkpoint
-from sd35flash_jax.config import ModelConfig, read_json
+from sd35flash_jax.config import COMPONENTS, TEXT_ENCODERS, ModelConfig
 
 Shape = tuple[int, ...]
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class ConversionError(ValueError):
     """The source cannot be converted; the message names every tensor or field at fault."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A diffusers folder with its headers read: the tensors and weight files of each component."""
-
-    folder: Path
-    config: ModelConfig
-    tensors: dict[str, dict[str, Tensor]]
-    files: list[Path]
-    tokenizers: dict[str, Path]
-
-
 def convert(
-    source: str | os.PathLike, destination: str | os.PathLike, dtype: str | None = None, progress: bool = False
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    dtype: str | None = None,
+    progress: bool = False,
+    *,
+    components: Mapping[str, str | os.PathLike] | None = None,
+    tokenizers: str | os.PathLike | None = None,
 ) -> ModelConfig:
-    """Convert a diffusers folder into a checkpoint directory.
+    """Convert a diffusers folder or Stability's single safetensors files into a checkpoint directory.
 
     Every source tensor is used exactly once and every parameter filled exactly once. Peak memory is a few times the
     largest tensor, whatever the size of the model.
 
     Args:
-        source: a diffusers folder of Stable Diffusion 3 or 3.5, with any of its components.
+        source: a diffusers folder, or a single file, of Stable Diffusion 3 or 3.5, with any of its components.
         destination: the checkpoint directory to make; it must not exist.
-        dtype: "bfloat16" or "float32" for the stored weights; as in the source unless given.
+        dtype: "bfloat16" or "float32" for the stored weights; as in the source unless given, and bfloat16 for fp8.
         progress: show a bar on standard error.
+        components: where to take a component from in place of `source`, by its name in `config.COMPONENTS`: a file, a
+            component's diffusers folder, or the folder or file of a whole model.
+        tokenizers: a folder that holds the tokenizers as a diffusers folder or a checkpoint's `tokenizers` does; that
+            of `source` unless given.
 
     Returns:
         The configuration of the new checkpoint.
 
     Raises:
-        ConversionError: the source is not such a folder, is damaged, or does not match its configuration.
+        ConversionError: the source is of no known layout, is damaged, or does not match its configuration.
         FileExistsError: `destination` exists.
         OSError: the disk is full or not writable. Nothing is left behind after any error.
+
+    Warns:
+        UserWarning: a single file has shapes of no published model, or a text encoder comes without a tokenizer.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+    overrides = {name: Path(path) for name, path in (components or {}).items()}
     try:
-        opened = open_diffusers_folder(Path(source))
-        plans = {
-            name: _plan(name, opened.config, tensors, np.dtype(dtype) if dtype else None)
-            for name, tensors in opened.tensors.items()
-        }
+        main = open_source(Path(source), without=set(overrides))
+        others = {name: open_component(path, name) for name, path in overrides.items()}
+        parts = main.parts | {name: other.parts[name] for name, other in others.items()}
+        parts = {name: parts[name] for name in COMPONENTS if name in parts}
+        config = ModelConfig(**{name: part.config for name, part in parts.items()}, schedule=main.schedule)
+        found = find_tokenizers(Path(tokenizers), config.components) if tokenizers else main.tokenizers
+        plans = {name: _plan(name, config, part, np.dtype(dtype) if dtype else None) for name, part in parts.items()}
     except ConversionError:
         raise
     except (ValueError, OSError) as error:
         raise ConversionError(str(error)) from error
-    arrays = [array for plan in plans.values() for array in plan.values()]
-    total = sum(_bytes(array) for array in arrays)
-    _check_space(Path(destination), total)
+    mute = [name for name in config.components if name in TEXT_ENCODERS and name not in found]
+    if mute:
+        warnings.warn(
+            f"the checkpoint has no tokenizer for {' and '.join(mute)}, so it cannot encode prompts; name a folder "
+            "that holds tokenizers with --tokenizers",
+            stacklevel=2,
+        )
+    total = sum(_bytes(array) for plan in plans.values() for array in plan.values())
+    check_space(Path(destination), total)
 
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar,
         ThreadPoolExecutor(1) as hasher,
     ):
-        hashes = {file: hasher.submit(_sha256, file) for file in opened.files}
-        components = {
+        files = {file for opened in (main, *others.values()) for file in opened.files.values()}
+        hashes = {file: hasher.submit(_sha256, file) for file in sorted(files)}
+        arrays = {
             name: {param: _with_progress(array, bar) for param, array in plan.items()} for name, plan in plans.items()
         }
 
+        def describe_one(opened: Source) -> dict[str, Any]:
+            sha256 = {name: hashes[file].result() for name, file in opened.files.items()}
+            return {"layout": opened.layout, "name": opened.path.resolve().name, "sha256": sha256}
+
         def describe() -> dict[str, Any]:
-            files = {file.relative_to(opened.folder).as_posix(): future.result() for file, future in hashes.items()}
-            return {"layout": "diffusers", "name": opened.folder.resolve().name, "sha256": files}
+            elsewhere = {name: describe_one(other) for name, other in others.items()}
+            return describe_one(main) | ({"components": elsewhere} if elsewhere else {})
 
         try:
-            save_checkpoint(destination, opened.config, components, opened.tokenizers, describe)
+            save_checkpoint(
+                destination, config, arrays, {name: found[name] for name in found if name in parts}, describe
+            )
         except BaseException:
             hasher.shutdown(wait=False, cancel_futures=True)
             raise
-    return opened.config
+    return config
 
 
-def open_diffusers_folder(folder: Path) -> Source:
-    """Read the configurations and tensor headers of every component that is there.
-
-    Raises:
-        ValueError: the folder does not exist, holds no component, or one of its files is damaged or not supported.
-    """
-    if not folder.is_dir():
-        raise ConversionError(f"{folder} is not a folder; give the diffusers folder that holds transformer/, vae/, ...")
-    present = {name: folder / sub for name, sub in layout.FOLDERS.items() if (folder / sub).is_dir()}
-    if not present:
-        raise ConversionError(
-            f"{folder} holds none of {', '.join(f'{sub}/' for sub in layout.FOLDERS.values())}; "
-            "give the folder of a diffusers Stable Diffusion 3 or 3.5 pipeline"
-        )
-    fields = {name: layout.CONFIGS[name](_json_object(sub / "config.json")) for name, sub in present.items()}
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if scheduler.exists():
-        fields["schedule"] = layout.schedule_config(_json_object(scheduler))
-    config = ModelConfig.from_json(fields)
-
-    files = {
-        name: find_weights(sub, "model" if name in layout.TOKENIZER_FOLDERS else "diffusion_pytorch_model")
-        for name, sub in present.items()
-    }
-    tokenizers = {name: folder / sub for name, sub in layout.TOKENIZER_FOLDERS.items() if (folder / sub).is_dir()}
-    return Source(
-        folder,
-        config,
-        {name: open_all(found) for name, found in files.items()},
-        [file for found in files.values() for file in found],
-        {name: tokenizer for name, tokenizer in tokenizers.items() if name in present},
-    )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} is not a JSON object; download it again")
-    return content
-
-
-def _plan(
-    name: str, config: ModelConfig, tensors: dict[str, Tensor], dtype: np.dtype | None
-) -> dict[str, StreamedArray]:
+def _plan(name: str, config: ModelConfig, part: Part, dtype: np.dtype | None) -> dict[str, StreamedArray]:
     """Match the table against both sides, and return every parameter ready to be streamed."""
-    table = layout.TABLES[name](getattr(config, name))
+    table = part.table
     shapes = {param: tuple(array.shape) for param, array in parameters(abstract_component(name, config)).items()}
-    tensors = _canonical(tensors, table)
+    tensors = _with_optional(_canonical(part.tensors, table), table, shapes)
     faults = check_table(table, {key: tensor.shape for key, tensor in tensors.items()}, shapes)
     if faults:
         raise ConversionError(f"{name} does not match its configuration: " + "; ".join(faults))
@@ -166,6 +143,40 @@ def _canonical(tensors: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
             if original.shape != repeated.shape or not np.array_equal(original.read(), repeated.read()):
                 raise ConversionError(f"{alias} should repeat {key}, but differs from it")
     return kept
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """What an optional tensor stands for where a file leaves it out."""
+
+    array: np.ndarray
+    is_fp8 = False
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    @property
+    def shape(self) -> Shape:
+        return self.array.shape
+
+    def read(self) -> np.ndarray:
+        return self.array
+
+
+def _with_optional(
+    tensors: dict[str, Tensor], table: Table, param_shapes: dict[str, Shape]
+) -> dict[str, Tensor | _Constant]:
+    """The tensors with those added that may be missing and are."""
+    missing = set(table.optional) - set(tensors)
+    dtype = min((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize, default=None)
+    constants = {
+        key: _Constant(table.optional[key](shape).astype(dtype))
+        for rule in table.rules
+        for key, shape in zip(rule.sources, _source_shapes(rule, param_shapes[rule.param]))
+        if key in missing
+    }
+    return tensors | constants
 
 
 def check_table(table: Table, source_shapes: dict[str, Shape], param_shapes: dict[str, Shape]) -> list[str]:
@@ -207,24 +218,27 @@ def _source_shapes(rule: Rule, param_shape: Shape) -> list[Shape]:
     return list(rule.transform.source_shapes(shape, len(rule.sources)))
 
 
-def _streamed(shape: Shape, rules: list[Rule], tensors: dict[str, Tensor], dtype: np.dtype | None) -> StreamedArray:
-    stored = {tensors[key].dtype for rule in rules for key in rule.sources}
+def _streamed(
+    shape: Shape, rules: list[Rule], tensors: dict[str, Tensor | _Constant], dtype: np.dtype | None
+) -> StreamedArray:
+    # Neither JAX's models nor Orbax's arrays hold fp8 weights.
+    stored = {BFLOAT16 if tensors[key].is_fp8 else tensors[key].dtype for rule in rules for key in rule.sources}
     target = dtype or (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
 
     def pieces() -> Iterator[tuple[Any, np.ndarray]]:
         for rule in rules:
-            piece = rule.transform.forward([tensors[key].read() for key in rule.sources])
-            piece = np.ascontiguousarray(piece).astype(target, copy=False)
-            if not _is_finite(piece):
-                at_fault = [key for key in rule.sources if not _is_finite(tensors[key].read().astype(target))]
+            sources = [tensors[key].read().astype(target, copy=False) for key in rule.sources]
+            piece = np.ascontiguousarray(rule.transform.forward(sources))
+            if not is_finite(piece):
+                at_fault = [key for key in rule.sources if not is_finite(tensors[key].read().astype(target))]
                 raise ConversionError(f"{' and '.join(at_fault)} holds NaN or infinite weights; download it again")
             yield (... if rule.layer is None else rule.layer), piece
 
     return StreamedArray(shape, target, pieces)
 
 
-def _is_finite(array: np.ndarray) -> bool:
-    if array.dtype == ml_dtypes.bfloat16:
+def is_finite(array: np.ndarray) -> bool:
+    if array.dtype == BFLOAT16:
         # NumPy's own test is slow for bfloat16; an exponent of all ones marks NaN and infinity.
         return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return bool(np.isfinite(array).all())
@@ -243,13 +257,13 @@ def _bytes(array: StreamedArray) -> int:
     return math.prod(array.shape) * array.dtype.itemsize
 
 
-def _check_space(destination: Path, needed: int) -> None:
+def check_space(destination: Path, needed: int) -> None:
     folder = destination.absolute().parent
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but the checkpoint needs {needed / 1e9:.1f} GB")
+        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed")
 
 
 def _sha256(file: Path) -> str:

@@ -1,6 +1,6 @@
 """The diffusers folder: one sub-folder a component, separate q, k and v, and the configurations beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from conversion.rules import (
@@ -16,7 +16,7 @@ from conversion.rules import (
     swapped_linear,
     under,
 )
-from sd35flash_jax.config import CLIPConfig, MMDiTConfig, T5Config, VAEConfig
+from sd35flash_jax.config import CLIPConfig, MMDiTConfig, ScheduleConfig, T5Config, VAEConfig
 
 FOLDERS = {
     "transformer": "transformer",
@@ -26,6 +26,20 @@ FOLDERS = {
     "t5": "text_encoder_3",
 }
 TOKENIZER_FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+STEMS = {name: "model" if name in TOKENIZER_FOLDERS else "diffusion_pytorch_model" for name in FOLDERS}
+"""What a component's weight files are called, before their number and ending."""
+_CLASSES = {
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "clip_l": ["transformers", "CLIPTextModelWithProjection"],
+    "clip_g": ["transformers", "CLIPTextModelWithProjection"],
+    "t5": ["transformers", "T5EncoderModel"],
+}
+_TOKENIZER_CLASSES = {
+    "clip_l": ["transformers", "CLIPTokenizer"],
+    "clip_g": ["transformers", "CLIPTokenizer"],
+    "t5": ["transformers", "T5TokenizerFast"],
+}
 
 
 # The transformer
@@ -199,7 +213,58 @@ TABLES: dict[str, Callable[[Any], Table]] = {
 }
 
 
-# Configurations: each function turns one config.json into the fields of the matching dataclass
+# Configurations: what our fields are called, then for each component a function from its config.json to the fields of
+# the matching dataclass and one back again
+
+_TRANSFORMER_FIELDS = {
+    "depth": "num_layers",
+    "heads": "num_attention_heads",
+    "head_size": "attention_head_dim",
+    "patch_size": "patch_size",
+    "latent_channels": "in_channels",
+    "context_size": "joint_attention_dim",
+    "pooled_size": "pooled_projection_dim",
+    "position_table_side": "pos_embed_max_size",
+}
+_VAE_FIELDS = {
+    "channels": "block_out_channels",
+    "blocks_per_level": "layers_per_block",
+    "latent_channels": "latent_channels",
+    "norm_groups": "norm_num_groups",
+    "scale": "scaling_factor",
+    "shift": "shift_factor",
+}
+_VAE_FIXED = {
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": True,
+    "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
+}
+_CLIP_FIELDS = {
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "feed_forward_size": "intermediate_size",
+    "projection_size": "projection_dim",
+    "activation": "hidden_act",
+    "vocabulary": "vocab_size",
+    "positions": "max_position_embeddings",
+    "norm_epsilon": "layer_norm_eps",
+    "eos_token_id": "eos_token_id",
+}
+_T5_FIELDS = {
+    "hidden_size": "d_model",
+    "layers": "num_layers",
+    "heads": "num_heads",
+    "head_size": "d_kv",
+    "feed_forward_size": "d_ff",
+    "vocabulary": "vocab_size",
+    "position_buckets": "relative_attention_num_buckets",
+    "position_max_distance": "relative_attention_max_distance",
+    "norm_epsilon": "layer_norm_epsilon",
+}
 
 
 def transformer_config(data: dict[str, Any]) -> dict[str, Any]:
@@ -208,17 +273,7 @@ def transformer_config(data: dict[str, Any]) -> dict[str, Any]:
     _require("transformer", data, "qk_norm", (None, "rms_norm"), absent=None)
     _require("transformer", data, "dual_attention_layers", (None, list(range(len(dual_layers)))), absent=None)
     _require("transformer", data, "out_channels", (data.get("in_channels"),), absent=data.get("in_channels"))
-    fields = {
-        "depth": "num_layers",
-        "heads": "num_attention_heads",
-        "head_size": "attention_head_dim",
-        "patch_size": "patch_size",
-        "latent_channels": "in_channels",
-        "context_size": "joint_attention_dim",
-        "pooled_size": "pooled_projection_dim",
-        "position_table_side": "pos_embed_max_size",
-    }
-    config = _select("transformer", data, fields)
+    config = _select("transformer", data, _TRANSFORMER_FIELDS)
     heads, head_size, patch_size, sample_size = (
         _number("transformer", data, key)
         for key in ("num_attention_heads", "attention_head_dim", "patch_size", "sample_size")
@@ -231,61 +286,28 @@ def transformer_config(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def vae_config(data: dict[str, Any]) -> dict[str, Any]:
-    levels = len(_list("vae", data, "block_out_channels"))
-    for key, value in {
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "mid_block_add_attention": True,
-        "act_fn": "silu",
-        "in_channels": 3,
-        "out_channels": 3,
+def _vae_blocks(levels: int) -> dict[str, list[str]]:
+    return {
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }.items():
+    }
+
+
+def vae_config(data: dict[str, Any]) -> dict[str, Any]:
+    levels = len(_list("vae", data, "block_out_channels"))
+    for key, value in (_VAE_FIXED | _vae_blocks(levels)).items():
         # The class of diffusers takes both 1x1 convolutions where the configuration is silent.
         _require("vae", data, key, (value,), absent=True if key.endswith("quant_conv") else value)
-    fields = {
-        "channels": "block_out_channels",
-        "blocks_per_level": "layers_per_block",
-        "latent_channels": "latent_channels",
-        "norm_groups": "norm_num_groups",
-        "scale": "scaling_factor",
-        "shift": "shift_factor",
-    }
-    return _select("vae", data, fields)
+    return _select("vae", data, _VAE_FIELDS)
 
 
 def clip_config(data: dict[str, Any]) -> dict[str, Any]:
-    fields = {
-        "hidden_size": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "feed_forward_size": "intermediate_size",
-        "projection_size": "projection_dim",
-        "activation": "hidden_act",
-        "vocabulary": "vocab_size",
-        "positions": "max_position_embeddings",
-        "norm_epsilon": "layer_norm_eps",
-        "eos_token_id": "eos_token_id",
-    }
-    return _select("CLIP text encoder", data, fields)
+    return _select("CLIP text encoder", data, _CLIP_FIELDS)
 
 
 def t5_config(data: dict[str, Any]) -> dict[str, Any]:
     _require("T5 text encoder", data, "feed_forward_proj", ("gated-gelu",), absent=None)
-    fields = {
-        "hidden_size": "d_model",
-        "layers": "num_layers",
-        "heads": "num_heads",
-        "head_size": "d_kv",
-        "feed_forward_size": "d_ff",
-        "vocabulary": "vocab_size",
-        "position_buckets": "relative_attention_num_buckets",
-        "position_max_distance": "relative_attention_max_distance",
-        "norm_epsilon": "layer_norm_epsilon",
-    }
-    return _select("T5 text encoder", data, fields)
+    return _select("T5 text encoder", data, _T5_FIELDS)
 
 
 def schedule_config(data: dict[str, Any]) -> dict[str, Any]:
@@ -295,6 +317,64 @@ def schedule_config(data: dict[str, Any]) -> dict[str, Any]:
     _require("scheduler", data, "num_train_timesteps", (1000,), absent=1000)
     _require("scheduler", data, "shift_terminal", (None,), absent=None)
     return _select("scheduler", data, {"shift": "shift"})
+
+
+def write_transformer_config(config: MMDiTConfig) -> dict[str, Any]:
+    return _renamed(config, _TRANSFORMER_FIELDS) | {
+        "_class_name": "SD3Transformer2DModel",
+        "out_channels": config.latent_channels,
+        "caption_projection_dim": config.hidden_size,
+        "sample_size": config.position_base * config.patch_size,
+        "qk_norm": "rms_norm" if config.qk_norm else None,
+        "dual_attention_layers": list(range(config.dual_attention_blocks)),
+    }
+
+
+def write_vae_config(config: VAEConfig) -> dict[str, Any]:
+    blocks = _vae_blocks(len(config.channels))
+    return _renamed(config, _VAE_FIELDS) | _VAE_FIXED | blocks | {"_class_name": "AutoencoderKL"}
+
+
+def write_clip_config(config: CLIPConfig) -> dict[str, Any]:
+    return _renamed(config, _CLIP_FIELDS) | {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "model_type": "clip_text_model",
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+    }
+
+
+def write_t5_config(config: T5Config) -> dict[str, Any]:
+    return _renamed(config, _T5_FIELDS) | {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def write_schedule_config(config: ScheduleConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": config.shift,
+    }
+
+
+def write_model_index(components: Collection[str], tokenizers: Collection[str]) -> dict[str, Any]:
+    """model_index.json: the class of every sub-folder, or nulls where there is none."""
+    index = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    index |= {FOLDERS[name]: _CLASSES[name] for name in components}
+    index |= {TOKENIZER_FOLDERS[name]: _TOKENIZER_CLASSES[name] for name in tokenizers}
+    absent = {sub: [None, None] for sub in (*FOLDERS.values(), *TOKENIZER_FOLDERS.values())}
+    return {"_class_name": "StableDiffusion3Pipeline"} | absent | index
+
+
+def _renamed(config: Any, fields: dict[str, str]) -> dict[str, Any]:
+    return {theirs: getattr(config, ours) for ours, theirs in fields.items()}
 
 
 def _select(component: str, data: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
@@ -331,4 +411,12 @@ CONFIGS = {
     "clip_l": clip_config,
     "clip_g": clip_config,
     "t5": t5_config,
+}
+
+WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "transformer": write_transformer_config,
+    "vae": write_vae_config,
+    "clip_l": write_clip_config,
+    "clip_g": write_clip_config,
+    "t5": write_t5_config,
 }

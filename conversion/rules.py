@@ -54,6 +54,14 @@ CONVOLUTION = Transform(
 """A convolution's weight `(out, in, h, w)` to `(h, w, in, out)`."""
 
 
+POINTWISE = Transform(
+    lambda arrays: KERNEL.forward([array[:, :, 0, 0] for array in arrays]),
+    lambda array, count: [part[:, :, None, None] for part in KERNEL.backward(array, count)],
+    lambda shape, count: [(*part, 1, 1) for part in KERNEL.source_shapes(shape, count)],
+)
+"""1x1 convolutions `(out, in, 1, 1)`, put end to end on their outputs, to one linear kernel `(in, out)`."""
+
+
 def swap_halves(array: np.ndarray) -> np.ndarray:
     first, second = np.split(array, 2)
     return np.concatenate([second, first])
@@ -102,12 +110,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """A component's whole correspondence. `aliases` are second names under which some files repeat a tensor, and
-    `ignored` tensors that hold no parameter."""
+    """A component's whole correspondence.
+
+    `aliases` are second names under which some files repeat a tensor, `repeated` those among them that are written too,
+    because readers differ in the name they look for. `ignored` tensors hold no parameter. `optional` tensors may be
+    missing: from its shape, each function makes what a missing one stands for.
+    """
 
     rules: list[Rule]
     aliases: dict[str, str] = field(default_factory=dict)
+    repeated: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
+    optional: dict[str, Callable[[Shape], np.ndarray]] = field(default_factory=dict)
 
 
 def linear(param: str, *sources: str, bias: bool = True) -> list[Rule]:
@@ -128,6 +142,13 @@ def conv(param: str, source: str) -> list[Rule]:
     return [
         Rule(f"{param}.kernel", (f"{source}.weight",), CONVOLUTION),
         Rule(f"{param}.bias", (f"{source}.bias",), IDENTITY),
+    ]
+
+
+def pointwise(param: str, *sources: str) -> list[Rule]:
+    return [
+        Rule(f"{param}.kernel", tuple(f"{source}.weight" for source in sources), POINTWISE),
+        Rule(f"{param}.bias", tuple(f"{source}.bias" for source in sources), JOIN),
     ]
 
 

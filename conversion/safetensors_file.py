@@ -1,8 +1,10 @@
-"""Safetensors files as named tensors on disk: headers are read at once, data only when asked for."""
+"""Safetensors files as named tensors on disk: headers are read at once, data only when asked for, and written in a
+stream."""
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,24 +19,39 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
 }
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file. `read` maps it into memory: no copy is made."""
+    """A tensor in a file. `read` maps it into memory, without a copy, or multiplies it by its scale in float32."""
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
+    scale: "Tensor | None" = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype == DTYPES["F8_E4M3"]
 
     def read(self) -> np.ndarray:
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        # A map of one dimension at least: NumPy takes the shape () for "the whole file".
+        stored = np.memmap(self.file, self.dtype, "r", self.offset, self.shape or (1,)).reshape(self.shape)
+        if self.scale is None:
+            return stored
+        return stored.astype(np.float32) * self.scale.read().astype(np.float32).reshape(())
 
 
 def open_safetensors(file: Path) -> dict[str, Tensor]:
@@ -66,12 +83,12 @@ def open_safetensors(file: Path) -> dict[str, Tensor]:
 
 def find_weights(folder: Path, stem: str) -> list[Path]:
     """The weight files of a diffusers component folder: `stem.safetensors`, or the shards its index names; the fp16
-    variant where it is the only one.
+    or bf16 variant where there is no other.
 
     Raises:
         ValueError: there are none, they are in a pickle format, or the index is damaged or names files elsewhere.
     """
-    for infix in ("", ".fp16"):
+    for infix in ("", ".fp16", ".bf16"):
         whole = folder / f"{stem}{infix}.safetensors"
         if whole.is_file():
             return [whole]
@@ -113,3 +130,22 @@ def open_all(files: Iterable[Path]) -> dict[str, Tensor]:
             raise ValueError(f"{twice[0]} stands both in {tensors[twice[0]].file} and in {file}")
         tensors |= found
     return tensors
+
+
+def write_safetensors(
+    file: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]
+) -> None:
+    """Write a new file tensor by tensor: a header of names, dtypes and shapes, then `arrays` in the same order."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    # Readers ask for the framework that wrote the file: transformers refuses one that does not say.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(file, "xb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for array in arrays:
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

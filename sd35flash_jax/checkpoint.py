@@ -91,6 +91,16 @@ def parameters(module: nnx.Module) -> dict[str, Any]:
     return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(module))}
 
 
+def with_parameters(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
+    """The module with other arrays at some of its dotted paths; the rest is shared."""
+    graph, state = nnx.split(module)
+    flat = [
+        (path, variable.replace(arrays.get(_dotted(path), variable.get_value())))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
 def _dotted(path: Sequence[Any]) -> str:
     return ".".join(map(str, path))
 
@@ -123,7 +133,7 @@ def save_checkpoint(
     destination = Path(path)
     if set(components) != set(config.components):
         raise ValueError(f"the configuration has {config.components}, but the components are {tuple(components)}")
-    with _written_whole(destination) as folder:
+    with written_whole(destination) as folder:
         for name, component in components.items():
             arrays = parameters(component) if isinstance(component, nnx.Module) else dict(component)
             handler = ocp.PyTreeCheckpointHandler(
@@ -144,7 +154,7 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def _written_whole(destination: Path) -> Iterator[Path]:
+def written_whole(destination: Path) -> Iterator[Path]:
     """A temporary directory beside `destination` that takes its name at the end, or vanishes."""
     if destination.exists() or destination.is_symlink():
         raise FileExistsError(f"{destination} already exists; remove it or choose another destination")
@@ -261,8 +271,24 @@ def load_checkpoint(
         restored = {
             name: _restore(folder / name, module, np.dtype(dtype), sharding, bar) for name, module in modules.items()
         }
-    tokenizers = {name: folder / "tokenizers" / name for name in wanted}
-    return Checkpoint(config, restored, {name: file for name, file in tokenizers.items() if file.is_dir()})
+    return Checkpoint(config, restored, tokenizer_folders(folder, wanted))
+
+
+def open_stored(path: str | os.PathLike, name: str, config: ModelConfig) -> dict[str, ts.TensorStore]:
+    """A component's parameters by dotted path, in the dtypes they are stored in, to be read piece by piece.
+
+    Raises:
+        CheckpointError: a file is missing or truncated.
+    """
+    _check_files(Path(path), [name])
+    expected = parameters(abstract_component(name, config))
+    return {param: _open_zarr(Path(path) / name / param, tuple(array.shape)) for param, array in expected.items()}
+
+
+def tokenizer_folders(path: str | os.PathLike, components: Sequence[str]) -> dict[str, Path]:
+    """The folders of the tokenizers that a checkpoint has for these components."""
+    folders = {name: Path(path) / "tokenizers" / name for name in components}
+    return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
@@ -306,9 +332,7 @@ def _restore(
     filled = []
     for path, variable in nnx.to_flat_state(state):
         shape = variable.get_value().shape
-        store = _open_zarr(folder / _dotted(path))
-        if store.shape != shape:
-            raise CheckpointError(f"{folder / _dotted(path)} has shape {store.shape} in place of {shape}")
+        store = _open_zarr(folder / _dotted(path), shape)
         array = jax.make_array_from_callback(shape, sharding, partial(_read_zarr, store, dtype))
         filled.append((path, variable.replace(array)))
         bar.update(array.nbytes)
@@ -320,12 +344,15 @@ _READING = ts.Context({"file_io_concurrency": {"limit": 4}, "cache_pool": {"tota
 _CPU_ALIGNMENT = 64
 
 
-def _open_zarr(path: Path) -> ts.TensorStore:
+def _open_zarr(path: Path, shape: tuple[int, ...]) -> ts.TensorStore:
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
     try:
-        return ts.open(spec, read=True, context=_READING).result()
+        store = ts.open(spec, read=True, context=_READING).result()
     except ValueError as error:
         raise CheckpointError(f"the checkpoint is damaged: {path} cannot be read ({error}); convert it again") from None
+    if store.shape != shape:
+        raise CheckpointError(f"{path} has shape {store.shape} in place of {shape}")
+    return store
 
 
 def _read_zarr(store: ts.TensorStore, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:

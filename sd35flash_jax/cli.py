@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from sd35flash_jax.config import COMPONENTS
+
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -60,15 +62,58 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     generate.add_argument("--text-encoders", nargs="+", help="load these alone, of clip_l, clip_g and t5")
     generate.add_argument("--max-t5-tokens", type=int, default=256)
+    _add_lora_options(generate)
 
     convert = commands.add_parser(
-        "convert", help="turn a diffusers folder into a checkpoint directory", formatter_class=_Defaults
+        "convert",
+        help="turn a diffusers folder or safetensors file into a checkpoint directory",
+        formatter_class=_Defaults,
     )
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", type=Path, help="diffusers folder of Stable Diffusion 3 or 3.5")
+    convert.add_argument("source", type=Path, help="diffusers folder or file of Stable Diffusion 3 or 3.5")
     convert.add_argument("destination", type=Path, help="checkpoint directory to make")
     convert.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the stored weights; as in the source")
+    for name in COMPONENTS:
+        text = "file or folder to take this component from, in place of the source"
+        convert.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="PATH", help=text)
+    convert.add_argument("--tokenizers", type=Path, metavar="FOLDER", help="in place of the source's; files have none")
+
+    export = commands.add_parser(
+        "export", help="turn a checkpoint directory into a diffusers folder or file", formatter_class=_Defaults
+    )
+    export.set_defaults(run=_export)
+    export.add_argument("checkpoint", type=Path, help="checkpoint directory, as made by convert")
+    export.add_argument("destination", type=Path, help="folder or file to make")
+    export.add_argument("--layout", choices=("diffusers", "single-file"), default="diffusers")
+    export.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights; as stored")
+
+    parity = commands.add_parser(
+        "parity", help="compare a checkpoint with the PyTorch reference, in float32", formatter_class=_Defaults
+    )
+    parity.set_defaults(run=_parity)
+    parity.add_argument("source", type=Path, help="the diffusers folder that was converted")
+    parity.add_argument("checkpoint", type=Path)
+    parity.add_argument("--output", type=Path, default=Path("parity"), help="folder for parity.json and parity.png")
+    parity.add_argument("--prompt", action="append", help="repeat for more; two of its own unless given")
+    parity.add_argument("--steps", type=int, default=4)
+    parity.add_argument("--guidance", type=float, default=1.0)
+    parity.add_argument("--height", type=int, default=256)
+    parity.add_argument("--width", type=int, default=256)
+    parity.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _add_lora_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lora", type=Path, action="append", metavar="FILE", help="LoRA to merge; repeat for more")
+    parser.add_argument("--lora-scale", type=float, action="append", metavar="SCALE", help="one for each --lora, or 1.0")
+
+
+def _loras(options: argparse.Namespace) -> list[tuple[Path, float]]:
+    files = options.lora or []
+    scales = options.lora_scale or [1.0] * len(files)
+    if len(scales) != len(files):
+        raise ValueError(f"{len(scales)} --lora-scale do not fit {len(files)} --lora; give one for each")
+    return list(zip(files, scales))
 
 
 class _Defaults(argparse.HelpFormatter):
@@ -81,16 +126,20 @@ class _Defaults(argparse.HelpFormatter):
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from conversion.lora import open_lora
     from sd35flash_jax.checkpoint import read_config
     from sd35flash_jax.pipeline import FlashPipeline, check_size
     from sd35flash_jax.schedule import choose_sigmas
 
     output: Path = options.output
+    loras = _loras(options)
     # What can be refused is refused before the weights are loaded.
     if options.checkpoint:
         config = read_config(options.checkpoint)
         check_size(config, options.height, options.width)
         choose_sigmas(config.schedule, options.steps, options.sigmas)
+        for path, scale in loras:
+            open_lora(path, scale, config)
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of {output} does not exist; make it first")
     pipe = FlashPipeline.from_pretrained(
@@ -100,6 +149,8 @@ def _generate(options: argparse.Namespace) -> None:
         max_t5_tokens=options.max_t5_tokens,
         progress=True,
     )
+    for path, scale in loras:
+        pipe.load_lora(path, scale)
     result = pipe(
         options.prompt,
         negative_prompt=options.negative,
@@ -133,8 +184,44 @@ def _write_png(image, metadata: dict[str, str], output: Path) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from conversion import convert
 
-    convert(options.source, options.destination, options.dtype, progress=True)
+    given = {name: path for name in COMPONENTS if (path := getattr(options, name))}
+    convert(
+        options.source,
+        options.destination,
+        options.dtype,
+        progress=True,
+        components=given,
+        tokenizers=options.tokenizers,
+    )
     print(options.destination)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from conversion import export
+
+    export(options.checkpoint, options.destination, options.layout, options.dtype, progress=True)
+    print(options.destination)
+
+
+def _parity(options: argparse.Namespace) -> None:
+    from conversion.parity import PROMPTS, format_table, parity
+
+    rows = parity(
+        options.source,
+        options.checkpoint,
+        options.output,
+        options.prompt or PROMPTS,
+        options.steps,
+        options.guidance,
+        options.height,
+        options.width,
+        options.seed,
+        progress=True,
+    )
+    print(format_table(rows))
+    failed = [row.item for row in rows if not row.passed]
+    if failed:
+        raise ValueError(f"beyond tolerance: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ the end of text the highest id, as CLIP's do, so both rules mean the same token.
 """
 
 
-def random_parameters(name: str, seed: int = 0) -> dict[str, np.ndarray]:
+def random_parameters(name: str, seed: int = 0, config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
     """A value for every parameter of a component, no two alike, so that none can be left out or exchanged unnoticed;
     of a size that keeps the activations near one."""
     random = np.random.default_rng(seed)
-    shapes = {path: array.shape for path, array in parameters(abstract_component(name, CONFIG)).items()}
+    shapes = {path: array.shape for path, array in parameters(abstract_component(name, config)).items()}
     return {path: _random_values(path, shape, random) for path, shape in sorted(shapes.items())}
 
 
