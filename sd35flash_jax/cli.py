@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_lora_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", type=Path, action="append", metavar="FILE", help="LoRA to merge; repeat for more")
-    parser.add_argument("--lora-scale", type=float, action="append", metavar="SCALE", help="one for each --lora, or 1.0")
+    parser.add_argument("--lora-scale", type=float, action="append", metavar="SCALE", help="one for each --lora, or 1")
 
 
 def _loras(options: argparse.Namespace) -> list[tuple[Path, float]]:

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd35flash_jax import sampling
-from sd35flash_jax.checkpoint import load_checkpoint, read_config
+from sd35flash_jax.checkpoint import load_checkpoint, parameters, read_config, with_parameters
 from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
 from sd35flash_jax.models.vae import VAE
 from sd35flash_jax.schedule import choose_sigmas
@@ -69,6 +69,8 @@ class FlashPipeline:
         self.tokenizers = dict(tokenizers)
         self.dtype = dtype
         self.max_t5_tokens = max_t5_tokens
+        self.loras: list[tuple[str, float]] = []
+        self._originals: dict[str, dict[str, np.ndarray]] = {}
         # Inputs are put where the parameters are: JAX compiles anew for an array it may place as it likes.
         self.placement = jax.tree.leaves(self.components)[0].sharding
 
@@ -168,11 +170,48 @@ class FlashPipeline:
             "dtype": self.dtype,
             "software": f"sd35flash-jax {version('sd35flash-jax')}",
         }
+        if self.loras:
+            shared["loras"] = ", ".join(f"{name} {scale:g}" for name, scale in self.loras)
         metadata = [
             {"prompt": text, "negative_prompt": away, "seed": str(seed + index)} | shared
             for index, (text, away) in enumerate(zip(prompts, negatives))
         ]
         return Result(images, latents, clock.seconds, metadata)
+
+    def load_lora(self, path: str | os.PathLike, scale: float = 1.0) -> None:
+        """Merge a LoRA into the loaded components, on top of those loaded before. Nothing recompiles.
+
+        The weights that it replaces are kept in host memory for `unload_lora`.
+
+        Args:
+            path: a safetensors file with the key names of diffusers, PEFT or kohya, or the folder of a PEFT adapter.
+            scale: what the LoRA is multiplied by.
+
+        Raises:
+            ValueError: the file is damaged, is not a plain LoRA, or does not fit the loaded components; the message
+                names every tensor at fault, and nothing is changed.
+        """
+        from conversion.lora import merged, open_lora
+
+        updates = open_lora(path, scale, self.config, self.components)
+        self.loras.append((os.path.basename(os.path.abspath(path)), scale))
+        try:
+            for name, params in updates.items():
+                for param, layers in params.items():
+                    current = np.asarray(parameters(self.components[name])[param])
+                    self._originals.setdefault(name, {}).setdefault(param, current)
+                    self._put(name, param, merged(current, layers))
+        except BaseException:
+            self.unload_lora()  # Half a LoRA is worse than none.
+            raise
+
+    def unload_lora(self) -> None:
+        """Put back every weight that LoRAs have replaced, bit for bit."""
+        for name, arrays in self._originals.items():
+            for param, array in arrays.items():
+                self._put(name, param, array)
+        self._originals.clear()
+        self.loras.clear()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts: context `(batch, tokens, context_size)` and pooled `(batch, pooled_size)`.
@@ -211,7 +250,7 @@ class FlashPipeline:
 
     def denoise(
         self,
-        noise: Float[Array, "b h w c"],
+        noise: Float[Array | np.ndarray, "b h w c"],
         conditioning: Conditioning,
         *,
         steps: int = 4,
@@ -254,7 +293,10 @@ class FlashPipeline:
             )
 
     def velocity(
-        self, latents: Float[Array, "b h w c"], timestep: float | Float[Array, " b"], conditioning: Conditioning
+        self,
+        latents: Float[Array | np.ndarray, "b h w c"],
+        timestep: float | Float[Array | np.ndarray, " b"],
+        conditioning: Conditioning,
     ) -> Float[Array, "b h w c"]:
         """One transformer evaluation, float32; `timestep` in [0, 1000], one or one for each image.
 
@@ -274,13 +316,13 @@ class FlashPipeline:
                 self._conditioning(conditioning, len(latents)),
             )
 
-    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def decode(self, latents: Float[Array | np.ndarray, "b h w c"]) -> Float[Array, "b H W 3"]:
         """Model-scale latents to pixels `(batch, height, width, 3)` float32 in [0, 1]."""
         vae = self._component("vae")
         with self._precision():
             return _decode(vae, self._latents(latents, vae.config.latent_channels))
 
-    def encode_image(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+    def encode_image(self, pixels: Float[Array | np.ndarray, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Pixels in [0, 1] to the posterior mean, `(batch, height/8, width/8, 16)` float32 at model scale.
 
         Raises:
@@ -298,6 +340,12 @@ class FlashPipeline:
         if name not in self.components:
             raise ValueError(f"this checkpoint has no {name}; convert a source that holds one")
         return self.components[name]
+
+    def _put(self, name: str, param: str, array: np.ndarray) -> None:
+        """Replace a component's parameter, placed as the one before."""
+        module = self.components[name]
+        placed = jax.device_put(array, parameters(module)[param].sharding)
+        self.components[name] = with_parameters(module, {param: placed})
 
     def _placed(self, array: Any, dtype: Any) -> Array:
         return jax.device_put(jnp.asarray(array, dtype), self.placement)

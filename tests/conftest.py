@@ -1,16 +1,17 @@
 """Fixtures shared by all tests: small models, and the table of measured differences to the reference."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from sd35flash_jax.checkpoint import save_checkpoint
 from tests.tiny_model import CONFIG, random_parameters, write_tokenizers
 
-HAS_REFERENCE = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
+HAS_REFERENCE = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "peft"))
 
 
 def pytest_report_header() -> str | None:
@@ -48,6 +49,20 @@ def checkpoint(reference_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     destination = tmp_path_factory.mktemp("converted") / "checkpoint"
     convert(reference_folder, destination)
     return destination
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Every program that XLA compiles while the test runs."""
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 RecordParity = Callable[..., None]

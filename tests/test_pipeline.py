@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
@@ -14,20 +13,6 @@ SIZE = {"height": 64, "width": 96}
 @pytest.fixture(scope="module")
 def pipe(small_checkpoint) -> FlashPipeline:
     return FlashPipeline.from_pretrained(small_checkpoint, dtype="float32", max_t5_tokens=32)
-
-
-@pytest.fixture
-def compilations() -> Iterator[list[str]]:
-    """Every program that XLA compiles while the test runs."""
-    seen: list[str] = []
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_nothing_recompiles_for_a_new_prompt_seed_guidance_step_count_or_sigmas(pipe, compilations):
