@@ -228,7 +228,7 @@ def _clip_config(shapes: Mapping[str, Shape], activation: str) -> dict[str, Any]
     return {
         "hidden_size": hidden_size,
         "layers": _count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
-        "heads": hidden_size // _HEAD_SIZE,
+        "heads": max(1, hidden_size // _HEAD_SIZE),
         "feed_forward_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
         "projection_size": shapes.get("text_projection.weight", (hidden_size,))[0],
         "activation": activation,

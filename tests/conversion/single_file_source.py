@@ -12,11 +12,11 @@ from tests.diffusers_source import save_tensors
 from tests.tiny_model import CLIP_VOCABULARY, CONFIG, random_parameters
 
 SMALL = ModelConfig(
-    replace(CONFIG.transformer, position_base=64, pooled_size=192),
+    replace(CONFIG.transformer, position_base=64, context_size=192, pooled_size=192),
     CONFIG.vae,
     CLIPConfig(64, 2, 1, 96, 64, "quick_gelu", CLIP_VOCABULARY),
     CLIPConfig(128, 3, 2, 160, 128, "gelu", CLIP_VOCABULARY),
-    CONFIG.t5,
+    replace(CONFIG.t5, hidden_size=192),
 )
 """A model that its tensors' shapes describe wholly."""
 

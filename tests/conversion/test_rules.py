@@ -21,6 +21,7 @@ def cases(draw):
                 (rules.JOIN, (count * a,), count),
                 (rules.KERNEL, (a, count * b), count),
                 (rules.CONVOLUTION, (a, b, c, d), 1),
+                (rules.POINTWISE, (a, count * b), count),
                 (rules.SWAPPED_JOIN, (2 * a,), 1),
                 (rules.SWAPPED_KERNEL, (a, 2 * b), 1),
                 (rules.patch_kernel(a, b), (a * a * b, c), 1),

@@ -2,32 +2,53 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conversion import diffusers_layout as layout
+from conversion import single_file_layout
 from conversion.convert import check_table
 from conversion.rules import IDENTITY, Rule, Table
-from sd35flash_jax.checkpoint import abstract_component, parameters
+from conversion.safetensors_file import Tensor
+from sd35flash_jax.checkpoint import parameter_shapes
 from sd35flash_jax.config import COMPONENTS, PRESETS, ModelConfig
 from tests.diffusers_source import source_config, source_tensors
 from tests.tiny_model import CONFIG, random_parameters
 
 MANIFESTS = Path(__file__).parents[2].parent / "shared" / "manifests"
-PUBLISHED = {"sd3_medium": "sd3-medium", "sd3.5_medium": "sd3.5-medium", "sd3.5_large": "sd3.5-large"}
+PUBLISHED = {
+    "sd3-medium": "sd3_medium",
+    "sd3.5-medium": "sd3.5_medium",
+    "sd3.5-large": "sd3.5_large",
+    "sd3.5-large-turbo": "sd3.5_large",
+}
+LAYOUTS = {"diffusers": layout.TABLES, "single file": single_file_layout.TABLES}
 SUB_FOLDERS = {sub: name for name, sub in layout.FOLDERS.items()}
 
 
 def param_shapes(name: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(array.shape) for path, array in parameters(abstract_component(name, config)).items()}
+    return dict(parameter_shapes(name, config))
+
+
+def read_manifest(preset: str, layout: str) -> dict:
+    file = MANIFESTS / f"{PUBLISHED[preset]}.{layout}.json"
+    if not file.exists():
+        pytest.skip("the list of the published files' tensors is not beside this repository (../shared/manifests)")
+    return json.loads(file.read_text())
 
 
 @pytest.fixture(params=PUBLISHED)
 def manifest(request):
     """A published model: its tensors' names and shapes by component, its transformer's configuration, our preset."""
-    file = MANIFESTS / f"{request.param}.diffusers.json"
-    if not file.exists():
-        pytest.skip("the list of the published files' tensors is not beside this repository (../shared/manifests)")
-    return json.loads(file.read_text()), PRESETS[PUBLISHED[request.param]]
+    return read_manifest(request.param, "diffusers"), PRESETS[request.param]
+
+
+def assert_covered(name: str, table: Table, shapes: dict[str, tuple[int, ...]], preset: ModelConfig) -> None:
+    for alias, key in table.aliases.items():
+        repeated = shapes.pop(alias, None)
+        assert shapes.setdefault(key, repeated) == (repeated or shapes[key])
+    assert not table.ignored & set(shapes)
+    assert check_table(table, shapes, param_shapes(name, preset)) == []
 
 
 def test_every_tensor_of_the_published_files_has_its_parameter_and_shape(manifest):
@@ -36,12 +57,34 @@ def test_every_tensor_of_the_published_files_has_its_parameter_and_shape(manifes
     assert "transformer" in components
     for name, tensors in components.items():
         table = layout.TABLES[name](getattr(preset, name))
-        shapes = {key: tuple(shape) for key, shape in tensors.items()}
-        for alias, key in table.aliases.items():
-            assert shapes.pop(alias, shapes[key]) == shapes[key]
-        for key in table.ignored:
-            shapes.pop(key, None)
-        assert check_table(table, shapes, param_shapes(name, preset)) == []
+        assert_covered(name, table, {key: tuple(shape) for key, shape in tensors.items()}, preset)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+@pytest.mark.parametrize("with_text_encoders", [False, True])
+def test_every_tensor_of_the_published_single_files_has_its_parameter_and_shape(preset, with_text_encoders):
+    content = read_manifest(preset, "single_file")
+    shapes = content["single_file"] | (content["single_file_incl_text_encoders"] if with_text_encoders else {})
+    tensors = {key: Tensor(Path("x"), np.dtype(np.float16), tuple(shape), 0) for key, shape in shapes.items()}
+    parts = single_file_layout.split_components(Path("x"), tensors, None)
+    assert set(parts) == set(COMPONENTS if with_text_encoders else ("transformer", "vae"))
+    for name, part in parts.items():
+        found = {key: tensor.shape for key, tensor in part.items()}
+        config = getattr(ModelConfig.from_json({name: single_file_layout.CONFIGS[name](found)}), name)
+        assert config == getattr(PRESETS[preset], name)
+        assert_covered(name, single_file_layout.TABLES[name](config), found, PRESETS[preset])
+
+
+@pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5"])
+def test_the_published_text_encoders_are_known_without_their_prefix(name):
+    shapes = read_manifest("sd3.5-medium", "single_file")["single_file_incl_text_encoders"]
+    prefix = single_file_layout.PREFIXES[name]
+    tensors = {
+        key.removeprefix(prefix): Tensor(Path("x"), np.dtype(np.float16), tuple(shape), 0)
+        for key, shape in shapes.items()
+        if key.startswith(prefix)
+    }
+    assert set(single_file_layout.split_components(Path("x"), tensors, None)) == {name}
 
 
 def test_the_published_transformer_configuration_is_the_preset(manifest):
@@ -66,8 +109,9 @@ STYLES = [
 
 
 @pytest.mark.parametrize("name, config", STYLES)
-def test_a_table_fills_every_parameter_once_and_uses_no_tensor_twice(name, config):
-    table = layout.TABLES[name](getattr(config, name))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_table_fills_every_parameter_once_and_uses_no_tensor_twice(name, config, layout):
+    table = LAYOUTS[layout][name](getattr(config, name))
     sources = [key for rule in table.rules for key in rule.sources]
     assert len(sources) == len(set(sources))
     shapes = param_shapes(name, config)
@@ -77,8 +121,9 @@ def test_a_table_fills_every_parameter_once_and_uses_no_tensor_twice(name, confi
 
 @pytest.mark.parametrize("name, config", STYLES)
 def test_a_configuration_survives_the_way_through_the_diffusers_names(name, config):
-    fields = layout.CONFIGS[name](source_config(getattr(config, name)))
-    assert getattr(ModelConfig.from_json({name: fields}), name) == getattr(config, name)
+    for written in (source_config(getattr(config, name)), layout.WRITERS[name](getattr(config, name))):
+        fields = layout.CONFIGS[name](json.loads(json.dumps(written)))
+        assert getattr(ModelConfig.from_json({name: fields}), name) == getattr(config, name)
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
