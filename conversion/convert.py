@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from conversion.lora import LayerUpdates, open_loras, updated
 from conversion.rules import Rule, Table
 from conversion.safetensors_file import Tensor
 from conversion.sources import Part, Source, find_tokenizers, open_component, open_source
@@ -39,6 +40,7 @@ def convert(
     *,
     components: Mapping[str, str | os.PathLike] | None = None,
     tokenizers: str | os.PathLike | None = None,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
 ) -> ModelConfig:
     """Convert a diffusers folder or Stability's single safetensors files into a checkpoint directory.
 
@@ -54,6 +56,7 @@ def convert(
             component's diffusers folder, or the folder or file of a whole model.
         tokenizers: a folder that holds the tokenizers as a diffusers folder or a checkpoint's `tokenizers` does; that
             of `source` unless given.
+        loras: LoRA files to merge into the weights, each with its scale.
 
     Returns:
         The configuration of the new checkpoint.
@@ -76,7 +79,11 @@ def convert(
         parts = {name: parts[name] for name in COMPONENTS if name in parts}
         config = ModelConfig(**{name: part.config for name, part in parts.items()}, schedule=main.schedule)
         found = find_tokenizers(Path(tokenizers), config.components) if tokenizers else main.tokenizers
-        plans = {name: _plan(name, config, part, np.dtype(dtype) if dtype else None) for name, part in parts.items()}
+        updates = open_loras(loras, config)
+        plans = {
+            name: _plan(name, config, part, np.dtype(dtype) if dtype else None, updates.get(name, {}))
+            for name, part in parts.items()
+        }
     except ConversionError:
         raise
     except (ValueError, OSError) as error:
@@ -107,7 +114,9 @@ def convert(
 
         def describe() -> dict[str, Any]:
             elsewhere = {name: describe_one(other) for name, other in others.items()}
-            return describe_one(main) | ({"components": elsewhere} if elsewhere else {})
+            merged = [{"name": Path(path).resolve().name, "scale": scale} for path, scale in loras]
+            described = describe_one(main) | ({"components": elsewhere} if elsewhere else {})
+            return described | ({"loras": merged} if merged else {})
 
         try:
             save_checkpoint(
@@ -119,7 +128,9 @@ def convert(
     return config
 
 
-def _plan(name: str, config: ModelConfig, part: Part, dtype: np.dtype | None) -> dict[str, StreamedArray]:
+def _plan(
+    name: str, config: ModelConfig, part: Part, dtype: np.dtype | None, updates: Mapping[str, LayerUpdates]
+) -> dict[str, StreamedArray]:
     """Match the table against both sides, and return every parameter ready to be streamed."""
     table = part.table
     shapes = {param: tuple(array.shape) for param, array in parameters(abstract_component(name, config)).items()}
@@ -130,7 +141,7 @@ def _plan(name: str, config: ModelConfig, part: Part, dtype: np.dtype | None) ->
     rules: dict[str, list[Rule]] = {}
     for rule in table.rules:
         rules.setdefault(rule.param, []).append(rule)
-    return {param: _streamed(shapes[param], rules[param], tensors, dtype) for param in shapes}
+    return {param: _streamed(shapes[param], rules[param], tensors, dtype, updates.get(param, {})) for param in shapes}
 
 
 def _canonical(tensors: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
@@ -219,7 +230,11 @@ def _source_shapes(rule: Rule, param_shape: Shape) -> list[Shape]:
 
 
 def _streamed(
-    shape: Shape, rules: list[Rule], tensors: dict[str, Tensor | _Constant], dtype: np.dtype | None
+    shape: Shape,
+    rules: list[Rule],
+    tensors: dict[str, Tensor | _Constant],
+    dtype: np.dtype | None,
+    updates: LayerUpdates,
 ) -> StreamedArray:
     # Neither JAX's models nor Orbax's arrays hold fp8 weights.
     stored = {BFLOAT16 if tensors[key].is_fp8 else tensors[key].dtype for rule in rules for key in rule.sources}
@@ -227,10 +242,16 @@ def _streamed(
 
     def pieces() -> Iterator[tuple[Any, np.ndarray]]:
         for rule in rules:
-            sources = [tensors[key].read().astype(target, copy=False) for key in rule.sources]
+            changed = rule.layer in updates
+            sources = [
+                tensors[key].read().astype(np.float32 if changed else target, copy=False) for key in rule.sources
+            ]
             piece = np.ascontiguousarray(rule.transform.forward(sources))
+            if changed:
+                piece = updated(piece, updates[rule.layer]).astype(target)
             if not is_finite(piece):
                 at_fault = [key for key in rule.sources if not is_finite(tensors[key].read().astype(target))]
+                at_fault = at_fault or [f"{key} with its LoRA" for key in rule.sources]
                 raise ConversionError(f"{' and '.join(at_fault)} holds NaN or infinite weights; download it again")
             yield (... if rule.layer is None else rule.layer), piece
 

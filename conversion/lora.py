@@ -84,8 +84,11 @@ class Update:
         )
 
 
-Updates = dict[str, dict[str, dict[int | None, list[Update]]]]
-"""By component, parameter, and layer (None where the parameter is not stacked)."""
+LayerUpdates = dict[int | None, list[Update]]
+"""A parameter's updates by layer, or by None where the parameter is not stacked."""
+
+Updates = dict[str, dict[str, LayerUpdates]]
+"""By component and parameter."""
 
 
 def updated(piece: np.ndarray, updates: Iterable[Update]) -> np.ndarray:
@@ -93,7 +96,7 @@ def updated(piece: np.ndarray, updates: Iterable[Update]) -> np.ndarray:
     return sum((update.delta() for update in updates), start=piece.astype(np.float32))
 
 
-def merged(array: np.ndarray, layers: Mapping[int | None, Iterable[Update]]) -> np.ndarray:
+def merged(array: np.ndarray, layers: LayerUpdates) -> np.ndarray:
     """A whole parameter with the updates added, each element rounded once to its dtype."""
     result = np.array(array)
     for layer, updates in layers.items():
@@ -173,6 +176,18 @@ def open_lora(
         raise ValueError(f"{file} does not fit the {', '.join(components)} of this model: {listed}")
     if not updates:
         raise ValueError(f"{file} holds no tensors")
+    return updates
+
+
+def open_loras(loras: Iterable[tuple[str | os.PathLike, float]], config: ModelConfig) -> Updates:
+    """Several LoRAs, each with its scale, as one."""
+    updates: Updates = {}
+    for path, scale in loras:
+        for component, params in open_lora(path, scale, config).items():
+            for param, layers in params.items():
+                for layer, found in layers.items():
+                    place = updates.setdefault(component, {}).setdefault(param, {})
+                    place.setdefault(layer, []).extend(found)
     return updates
 
 

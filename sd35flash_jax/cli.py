@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         text = "file or folder to take this component from, in place of the source"
         convert.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="PATH", help=text)
     convert.add_argument("--tokenizers", type=Path, metavar="FOLDER", help="in place of the source's; files have none")
+    _add_lora_options(convert)
 
     export = commands.add_parser(
         "export", help="turn a checkpoint directory into a diffusers folder or file", formatter_class=_Defaults
@@ -126,7 +127,7 @@ class _Defaults(argparse.HelpFormatter):
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from conversion.lora import open_lora
+    from conversion.lora import open_loras
     from sd35flash_jax.checkpoint import read_config
     from sd35flash_jax.pipeline import FlashPipeline, check_size
     from sd35flash_jax.schedule import choose_sigmas
@@ -138,8 +139,7 @@ def _generate(options: argparse.Namespace) -> None:
         config = read_config(options.checkpoint)
         check_size(config, options.height, options.width)
         choose_sigmas(config.schedule, options.steps, options.sigmas)
-        for path, scale in loras:
-            open_lora(path, scale, config)
+        open_loras(loras, config)
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of {output} does not exist; make it first")
     pipe = FlashPipeline.from_pretrained(
@@ -192,6 +192,7 @@ def _convert(options: argparse.Namespace) -> None:
         progress=True,
         components=given,
         tokenizers=options.tokenizers,
+        loras=_loras(options),
     )
     print(options.destination)
 

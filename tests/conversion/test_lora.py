@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from conversion import ConversionError, convert
 from conversion.lora import merged, open_lora
 from sd35flash_jax import FlashPipeline
-from sd35flash_jax.checkpoint import parameters
+from sd35flash_jax.checkpoint import load_checkpoint, parameters
 from sd35flash_jax.cli import main
+from tests.diffusers_source import write_folder
 from tests.tiny_model import CONFIG
 
 WIDTH = CONFIG.transformer.hidden_size
@@ -259,7 +261,7 @@ def test_a_scale_of_zero_changes_nothing(pipe, lora):
 
 
 def test_another_pipeline_with_the_same_components_is_left_alone(pipe, lora):
-    other = FlashPipeline(pipe.config, pipe.components, pipe.tokenizers, pipe.dtype, max_t5_tokens=32)
+    other = FlashPipeline(pipe.config, pipe.components, pipe.tokenizers, max_t5_tokens=32)
     before = snapshot(other)
     pipe.load_lora(lora)
     assert changes(before, snapshot(other)) == set()
@@ -304,7 +306,58 @@ def test_a_lora_of_an_encoder_that_is_not_loaded_is_refused(small_checkpoint, lo
     assert changes(before, snapshot(pipe)) == set()
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    write_folder(folder)
+    return folder
+
+
+def stored(checkpoint: Path) -> dict[tuple[str, str], np.ndarray]:
+    components = load_checkpoint(checkpoint, dtype="float32").components
+    return {
+        (name, param): np.asarray(a) for name, module in components.items() for param, a in parameters(module).items()
+    }
+
+
+def test_converting_with_loras_gives_what_loading_them_gives(source, lora, tmp_path):
+    convert(source, tmp_path / "plain")
+    convert(source, tmp_path / "merged", loras=[(lora, 0.7)])
+    pipe = FlashPipeline.from_pretrained(tmp_path / "plain", "float32")
+    pipe.load_lora(lora, 0.7)
+    assert changes(snapshot(pipe), stored(tmp_path / "merged")) == set()
+    assert changes(stored(tmp_path / "plain"), stored(tmp_path / "merged")) == TOUCHED
+    header = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert header["source"]["loras"] == [{"name": lora.name, "scale": 0.7}]
+
+
+def test_converting_several_loras_adds_them_and_rounds_once(source, lora, tmp_path):
+    convert(source, tmp_path / "plain")
+    convert(source, tmp_path / "merged", "bfloat16", loras=[(lora, 0.7), (lora, -0.2)])
+    plain, merged_once = stored(tmp_path / "plain"), stored(tmp_path / "merged")
+    added = {place: np.zeros_like(array) for place, array in plain.items()}
+    for (component, param, layer), delta in deltas(lora, 0.5).items():
+        added[component, param][... if layer is None else layer] = delta
+    for place, array in plain.items():
+        exact = array + added[place]
+        np.testing.assert_allclose(merged_once[place], exact, rtol=2**-8, atol=1e-6, err_msg=str(place))
+
+
+def test_a_conversion_refuses_a_lora_before_it_writes(source, write, tmp_path):
+    file = write(peft("transformer.transformer_blocks.99.attn.to_q", *factors()))
+    with pytest.raises(ConversionError, match=r"blocks.99.attn.to_q.lora_A"):
+        convert(source, tmp_path / "new", loras=[(file, 1.0)])
+    assert not (tmp_path / "new").exists()
+
+
 # The command line
+
+
+def test_convert_merges_loras(source, lora, tmp_path, capsys):
+    options = ["--lora", str(lora), "--lora-scale", "0.5"]
+    assert main(["convert", str(source), str(tmp_path / "new"), *options]) == 0
+    header = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert header["source"]["loras"] == [{"name": lora.name, "scale": 0.5}]
 
 
 def generate(checkpoint: Path, output: Path, *options: Any) -> int:
