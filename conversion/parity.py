@@ -161,7 +161,7 @@ def format_table(rows: Sequence[Row]) -> str:
 def _load(checkpoint: Path, *components: str) -> FlashPipeline:
     loaded = load_checkpoint(checkpoint, components, "float32")
     tokenizers = {name: load_tokenizer(name, folder) for name, folder in loaded.tokenizers.items()}
-    return FlashPipeline(loaded.config, loaded.components, tokenizers, "float32")
+    return FlashPipeline(loaded.config, loaded.components, tokenizers)
 
 
 def _encode(pipe: FlashPipeline, texts: Sequence[str]) -> Embeds:
@@ -225,7 +225,17 @@ def _compare_transformer(
         folder / FOLDERS["transformer"], dtype=torch.float32, use_safetensors=True
     ).eval()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-    reference: Any = diffusers.StableDiffusion3Pipeline(model, scheduler, None, *[None] * 6)
+    reference: Any = diffusers.StableDiffusion3Pipeline(
+        transformer=model,
+        scheduler=scheduler,
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        text_encoder_3=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        tokenizer_3=None,
+    )
     reference.set_progress_bar_config(disable=True)
     context, pooled = (torch.from_numpy(theirs[field].astype(np.float32)) for field in ("context", "pooled"))
     start = torch.from_numpy(noise.astype(np.float32)).permute(0, 3, 1, 2)

@@ -14,11 +14,11 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,15 @@ _MODULES: dict[str, Callable[..., nnx.Module]] = {
     "clip_g": CLIPTextEncoder,
     "t5": T5Encoder,
 }
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+)
 _CHUNK_BYTES = 2**28
 
 # Orbax warns at every save that is not in its OCDBT format; ours is plain zarr by choice.
@@ -91,6 +100,12 @@ def parameters(module: nnx.Module) -> dict[str, Any]:
     return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(module))}
 
 
+@lru_cache(maxsize=len(COMPONENTS))
+def parameter_shapes(name: str, config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shape of every stored array of a component by its dotted path."""
+    return {path: tuple(array.shape) for path, array in parameters(abstract_component(name, config)).items()}
+
+
 def with_parameters(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
     """The module with other arrays at some of its dotted paths; the rest is shared."""
     graph, state = nnx.split(module)
@@ -130,10 +145,12 @@ def save_checkpoint(
         ValueError: `components` are not those of `config`.
         OSError: the disk is full or not writable. Nothing is left behind.
     """
-    destination = Path(path)
+    destination = Path(path).expanduser()
     if set(components) != set(config.components):
         raise ValueError(f"the configuration has {config.components}, but the components are {tuple(components)}")
     with written_whole(destination) as folder:
+        for name, tokenizer in (tokenizers or {}).items():
+            _copy_tokenizer(tokenizer, folder / "tokenizers" / name)
         for name, component in components.items():
             arrays = parameters(component) if isinstance(component, nnx.Module) else dict(component)
             handler = ocp.PyTreeCheckpointHandler(
@@ -142,8 +159,6 @@ def save_checkpoint(
             with ocp.Checkpointer(handler) as checkpointer:
                 chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
                 checkpointer.save((folder / name).absolute(), args=ocp.args.PyTreeSave(arrays, save_args=chunks))
-        for name, tokenizer in (tokenizers or {}).items():
-            shutil.copytree(tokenizer, folder / "tokenizers" / name)
         header = {
             "format": FORMAT,
             "model": config.to_json(),
@@ -156,19 +171,40 @@ def save_checkpoint(
 @contextlib.contextmanager
 def written_whole(destination: Path) -> Iterator[Path]:
     """A temporary directory beside `destination` that takes its name at the end, or vanishes."""
-    if destination.exists() or destination.is_symlink():
-        raise FileExistsError(f"{destination} already exists; remove it or choose another destination")
+    refuse_existing(destination)
+    made = [parent for parent in destination.absolute().parents if not parent.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
+    folder = destination.parent / f".{destination.name}.partial-{secrets.token_hex(4)}"
     try:
+        folder.mkdir()
         yield folder
-        folder.chmod(0o755)
+        refuse_existing(destination)
         folder.rename(destination)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error):  # TensorStore's name for a full disk.
             raise OSError(f"{destination.absolute().parent} has no space left for the checkpoint") from error
         raise
+
+
+def refuse_existing(destination: Path) -> None:
+    """Raises FileExistsError if anything is at `destination`."""
+    if destination.exists() or destination.is_symlink():
+        raise FileExistsError(f"{destination} already exists; remove it or choose another destination")
+
+
+def _copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copy the files that a tokenizer is read from; a downloaded folder may hold, or link to, anything else."""
+    destination.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        file = source / name
+        if file.is_symlink() and not file.exists():
+            raise ValueError(f"{file} is a link to a file that is not there; download it again")
+        if file.is_file():
+            shutil.copyfile(file, destination / name)
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
@@ -223,11 +259,13 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     Raises:
         CheckpointError: there is no checkpoint at `path`, or it is damaged or of another format version.
     """
-    header = _read_header(Path(path))
+    folder = Path(path).expanduser()
     try:
-        return ModelConfig.from_json(header["model"])
+        return ModelConfig.from_json(_read_header(folder)["model"])
+    except CheckpointError:
+        raise
     except ValueError as error:
-        raise CheckpointError(f"{Path(path) / 'config.json'} is damaged: {error}") from None
+        raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}") from None
 
 
 def load_checkpoint(
@@ -253,7 +291,7 @@ def load_checkpoint(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-    folder = Path(path)
+    folder = Path(path).expanduser()
     config = read_config(folder)
     wanted = config.components if components is None else tuple(components)
     absent = [name for name in wanted if name not in config.components]
@@ -262,9 +300,7 @@ def load_checkpoint(
             f"{folder} has no {' and no '.join(absent)}: it holds {', '.join(config.components) or 'no component'}"
         )
     _check_files(folder, wanted)
-    sharding = device if isinstance(device, jax.sharding.Sharding) else None
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])  # type: ignore[arg-type]
+    sharding = jax.device_put(0, device).sharding  # what JAX makes of a device, a sharding, or its default
     modules = {name: abstract_component(name, config) for name in wanted}
     total = sum(array.size * np.dtype(dtype).itemsize for m in modules.values() for array in parameters(m).values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
@@ -281,8 +317,8 @@ def open_stored(path: str | os.PathLike, name: str, config: ModelConfig) -> dict
         CheckpointError: a file is missing or truncated.
     """
     _check_files(Path(path), [name])
-    expected = parameters(abstract_component(name, config))
-    return {param: _open_zarr(Path(path) / name / param, tuple(array.shape)) for param, array in expected.items()}
+    shapes = parameter_shapes(name, config)
+    return {param: _open_zarr(Path(path) / name / param, shape) for param, shape in shapes.items()}
 
 
 def tokenizer_folders(path: str | os.PathLike, components: Sequence[str]) -> dict[str, Path]:
@@ -292,6 +328,10 @@ def tokenizer_folders(path: str | os.PathLike, components: Sequence[str]) -> dic
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
+    if (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{folder} is a diffusers folder; convert it first with: sd35flash-jax convert {folder} CHECKPOINT"
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is not a checkpoint (it has no config.json); make one with: sd35flash-jax convert SOURCE "
@@ -302,10 +342,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder}/config.json is not of checkpoint format {FORMAT}; if {folder} is a diffusers folder, convert it "
-            f"first with: sd35flash-jax convert {folder} DESTINATION"
-        )
+        raise CheckpointError(f"{folder}/config.json is not of checkpoint format {FORMAT}; convert the source again")
     if "model" not in header or not isinstance(header.get("files"), dict):
         raise CheckpointError(f"{folder}/config.json is damaged; convert the checkpoint again")
     return header
@@ -313,7 +350,8 @@ def _read_header(folder: Path) -> dict[str, Any]:
 
 def _check_files(folder: Path, components: Sequence[str]) -> None:
     for name, size in _read_header(folder)["files"].items():
-        if name.split("/")[0] in set(COMPONENTS) - set(components):
+        owner = name.removeprefix("tokenizers/").split("/")[0]
+        if owner in set(COMPONENTS) - set(components):
             continue
         file = folder / name
         if not file.is_file():

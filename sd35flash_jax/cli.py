@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed with one sentence, 2 wrong usage."""
+    """Run one command and return its exit status: 0 done, 1 failed with one sentence, 2 usage, 130 interrupted."""
     options = _parser().parse_args(arguments)
     _show_warnings_plainly()
     try:
@@ -23,13 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        return _fail(str(error) or "out of memory: choose a smaller size, or dtype bfloat16")
-    except Exception as error:
-        # XLA reports an exhausted device as an error of its own kind.
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _fail("the device is out of memory: choose a smaller size, or dtype bfloat16")
+    except MemoryError:
+        return _fail("out of memory: choose a smaller size, or dtype bfloat16")
+    except (ValueError, OSError, FloatingPointError) as error:
+        return _fail(str(error))
+    except RuntimeError as error:
+        # JAX's own kinds: an exhausted device, and a platform asked for in the environment that cannot be had.
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _fail("the device is out of memory: choose a smaller size, or dtype bfloat16")
+        if "Unable to initialize backend" in str(error):
+            return _fail(str(error))
+        raise
 
 
 def _fail(message: str) -> int:
@@ -129,19 +133,22 @@ class _Defaults(argparse.HelpFormatter):
 def _generate(options: argparse.Namespace) -> None:
     from conversion.lora import open_loras
     from sd35flash_jax.checkpoint import read_config
-    from sd35flash_jax.pipeline import FlashPipeline, check_size
-    from sd35flash_jax.schedule import choose_sigmas
+    from sd35flash_jax.pipeline import FlashPipeline, check_request
 
-    output: Path = options.output
+    output: Path = options.output.expanduser()
     loras = _loras(options)
     # What can be refused is refused before the weights are loaded.
     if options.checkpoint:
         config = read_config(options.checkpoint)
-        check_size(config, options.height, options.width)
-        choose_sigmas(config.schedule, options.steps, options.sigmas)
+        request = (options.steps, options.sigmas, options.guidance, options.height, options.width, options.seed)
+        check_request(config, 1, *request)
         open_loras(loras, config)
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder of {output} does not exist; make it first")
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise ValueError(f"{output} does not name a PNG file; end it in .png")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise FileNotFoundError(f"the folder of {output} does not exist or cannot be written; make it first")
+    if options.negative and options.guidance <= 1:
+        warnings.warn("--negative has no effect without --guidance above 1", stacklevel=1)
     pipe = FlashPipeline.from_pretrained(
         options.checkpoint,
         dtype=options.dtype,

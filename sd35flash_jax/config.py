@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 Size = Annotated[int, Field(gt=0, le=2**24)]
 Count = Annotated[int, Field(ge=0, le=2**24)]
+Layers = Annotated[int, Field(gt=0, le=1024)]
 Sigma = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -26,7 +28,7 @@ class MMDiTConfig:
     and `position_base` the side at which its coordinates advance by one per patch.
     """
 
-    depth: Size
+    depth: Layers
     heads: Size
     head_size: Size = 64
     patch_size: Size = 2
@@ -49,7 +51,7 @@ class VAEConfig:
     resolution of the one before. Model-scale latents are `(raw latents - shift) * scale`."""
 
     channels: tuple[Size, Size, Size, Size] = (128, 256, 512, 512)
-    blocks_per_level: Size = 2
+    blocks_per_level: Layers = 2
     latent_channels: Size = 16
     norm_groups: Size = 32
     scale: Positive = 1.5305
@@ -65,7 +67,7 @@ class CLIPConfig:
     """
 
     hidden_size: Size
-    layers: Size
+    layers: Layers
     heads: Size
     feed_forward_size: Size
     projection_size: Size
@@ -81,7 +83,7 @@ class T5Config:
     """The encoder of a T5 v1.1 (gated tanh-GELU, no biases, relative positions)."""
 
     hidden_size: Size = 4096
-    layers: Size = 24
+    layers: Layers = 24
     heads: Size = 64
     head_size: Size = 64
     feed_forward_size: Size = 10240
@@ -94,7 +96,7 @@ class T5Config:
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The rectified flow's schedule. `sigmas` holds the distilled schedules a checkpoint was trained for, at most
-    one for each step count; other step counts are spaced by `shift`."""
+    one for each step count, without the final 0; other step counts are spaced by `shift`."""
 
     shift: Positive = 3.0
     sigmas: tuple[tuple[Sigma, ...], ...] = ()
@@ -124,14 +126,18 @@ class ModelConfig:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: a field is missing, unknown, of the wrong type or out of range; the message names all of them.
+            ValueError: a field is missing, unknown, of the wrong type, out of range or at odds with another; the
+                message names it.
         """
         try:
-            config = _ADAPTER.validate_python(data)
+            config = _ADAPTER.validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
             faults = [".".join(map(str, fault["loc"])) + ": " + fault["msg"] for fault in error.errors()]
             raise ValueError("the model configuration is not valid: " + "; ".join(faults)) from None
         _check_unknown_fields(data, config, "")
+        faults = list(_inconsistencies(config))
+        if faults:
+            raise ValueError("the model configuration is not valid: " + "; ".join(faults))
         return config
 
 
@@ -145,6 +151,43 @@ def _check_unknown_fields(data: dict[str, Any], config: Any, prefix: str) -> Non
         part = getattr(config, key)
         if dataclasses.is_dataclass(part):
             _check_unknown_fields(value, part, f"{prefix}{key}.")
+
+
+def _inconsistencies(config: ModelConfig) -> Iterator[str]:
+    """What the shapes of the weights alone would not show."""
+    transformer, vae, t5 = config.transformer, config.vae, config.t5
+    clips = {name: clip for name in ("clip_l", "clip_g") if (clip := getattr(config, name)) is not None}
+    for name, clip in clips.items():
+        if clip.hidden_size % clip.heads:
+            yield f"{name}.hidden_size {clip.hidden_size} does not divide into {clip.heads} heads"
+        if clip.projection_size != clip.hidden_size:
+            yield f"{name}.projection_size {clip.projection_size} is not its hidden_size {clip.hidden_size}"
+    if t5 is not None and not 4 <= t5.position_buckets < 4 * t5.position_max_distance:
+        distance = t5.position_max_distance
+        yield f"t5.position_buckets {t5.position_buckets} do not fit t5.position_max_distance {distance}"
+    if vae is not None and any(width % vae.norm_groups for width in vae.channels):
+        yield f"vae.channels {vae.channels} do not divide into {vae.norm_groups} norm_groups"
+    lengths = [len(sigmas) for sigmas in config.schedule.sigmas]
+    if len(set(lengths)) < len(lengths):
+        yield "schedule.sigmas has two schedules of one length"
+    for sigmas in config.schedule.sigmas:
+        if not sigmas or min(sigmas) <= 0 or any(later >= sigma for sigma, later in zip(sigmas, sigmas[1:])):
+            yield f"schedule.sigmas {list(sigmas)} do not fall strictly within (0, 1]"
+    if transformer is None:
+        return
+    if transformer.hidden_size % 4:
+        yield f"transformer.heads x head_size {transformer.hidden_size} is not a multiple of 4"
+    if transformer.dual_attention_blocks > transformer.depth:
+        yield f"transformer.dual_attention_blocks {transformer.dual_attention_blocks} are more than its depth"
+    if t5 is not None and t5.hidden_size != transformer.context_size:
+        yield f"t5.hidden_size {t5.hidden_size} is not transformer.context_size {transformer.context_size}"
+    width = sum(clip.hidden_size for clip in clips.values())
+    if width > transformer.context_size:
+        yield f"the CLIP encoders' widths {width} are more than transformer.context_size {transformer.context_size}"
+    if width > transformer.pooled_size or (len(clips) == 2 and width != transformer.pooled_size):
+        yield f"the CLIP encoders' widths {width} do not make transformer.pooled_size {transformer.pooled_size}"
+    if vae is not None and vae.latent_channels != transformer.latent_channels:
+        yield f"vae.latent_channels {vae.latent_channels} are not transformer's {transformer.latent_channels}"
 
 
 def read_json(path: Path) -> Any:

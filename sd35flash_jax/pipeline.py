@@ -1,6 +1,7 @@
 """FlashPipeline: the only place where all parts meet. prompt -> tokens -> conditioning -> latents -> pixels."""
 
 import math
+import operator
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,8 +53,9 @@ class Result:
 class FlashPipeline:
     """Text to image with a Stable Diffusion 3 or 3.5 checkpoint.
 
-    Encoding, denoising and decoding are each compiled once for a batch, height and width. `dtype="float32"` is strict
-    parity mode: parameters and arithmetic in float32, matrix products at the highest precision.
+    Encoding, denoising and decoding are each compiled once for a batch, height and width. `dtype`, that of the
+    components' parameters, is "bfloat16" or "float32"; the latter is strict parity mode, with matrix products at the
+    highest precision.
     """
 
     def __init__(
@@ -61,25 +63,29 @@ class FlashPipeline:
         config: ModelConfig,
         components: Mapping[str, nnx.Module],
         tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
-        dtype: str = "bfloat16",
         max_t5_tokens: int = 256,
     ):
+        if not components:
+            raise ValueError("there is no component to run: the checkpoint is empty, or all of it was left out")
+        if max_t5_tokens < 1:
+            raise ValueError(f"max_t5_tokens must be positive, not {max_t5_tokens}")
         self.config = config
         self.components = dict(components)
         self.tokenizers = dict(tokenizers)
-        self.dtype = dtype
         self.max_t5_tokens = max_t5_tokens
         self.loras: list[tuple[str, float]] = []
         self._originals: dict[str, dict[str, np.ndarray]] = {}
+        parameter = jax.tree.leaves(self.components)[0]
+        self.dtype = parameter.dtype.name
         # Inputs are put where the parameters are: JAX compiles anew for an array it may place as it likes.
-        self.placement = jax.tree.leaves(self.components)[0].sharding
+        self.placement = parameter.sharding
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | os.PathLike | None = None,
         dtype: str = "bfloat16",
-        text_encoders: Sequence[str] | None = None,
+        text_encoders: str | Sequence[str] | None = None,
         max_t5_tokens: int = 256,
         device: jax.Device | jax.sharding.Sharding | None = None,
         progress: bool = False,
@@ -92,7 +98,8 @@ class FlashPipeline:
             text_encoders: which of "clip_l", "clip_g" and "t5" to load; the others give zeros. All that the
                 checkpoint has unless given.
             max_t5_tokens: how many tokens T5 reads.
-            device: the device or sharding of all parameters; JAX's default device unless given.
+            device: where all parameters live, a device or a sharding that replicates; JAX's default device unless
+                given.
             progress: show a bar on standard error.
 
         Raises:
@@ -101,8 +108,9 @@ class FlashPipeline:
         """
         if path is None:
             raise ValueError(NO_BUNDLED_MODEL)
-        if max_t5_tokens < 1:
-            raise ValueError(f"max_t5_tokens must be positive, not {max_t5_tokens}")
+        if isinstance(device, jax.sharding.Sharding) and not device.is_fully_replicated:
+            raise ValueError(f"the pipeline runs on a device or on a sharding that replicates, not on {device}")
+        text_encoders = (text_encoders,) if isinstance(text_encoders, str) else text_encoders
         unknown = set(text_encoders or ()) - set(TEXT_ENCODERS)
         if unknown:
             raise ValueError(f"there is no text encoder {unknown.pop()!r}; choose from {', '.join(TEXT_ENCODERS)}")
@@ -111,7 +119,7 @@ class FlashPipeline:
         wanted += [name for name in present if name in TEXT_ENCODERS] if text_encoders is None else text_encoders
         checkpoint = load_checkpoint(path, wanted, dtype, device, progress)
         tokenizers = {name: load_tokenizer(name, folder) for name, folder in checkpoint.tokenizers.items()}
-        return cls(checkpoint.config, checkpoint.components, tokenizers, dtype, max_t5_tokens)
+        return cls(checkpoint.config, checkpoint.components, tokenizers, max_t5_tokens)
 
     def __call__(
         self,
@@ -143,6 +151,7 @@ class FlashPipeline:
             FloatingPointError: the image came out as NaN.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        check_request(self.config, len(prompts), steps, sigmas, guidance, height, width, seed)
         levels = choose_sigmas(self.config.schedule, steps, sigmas)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         if len(negatives) != len(prompts):
@@ -161,21 +170,24 @@ class FlashPipeline:
         with clock.time("decode"):
             pixels = np.asarray(self.decode(latents))
         if not np.isfinite(pixels).all():
-            raise FloatingPointError("the image came out as NaN: check the checkpoint, or try dtype float32")
+            raise FloatingPointError(
+                "the image came out as NaN: try a smaller guidance or dtype float32, and check the checkpoint"
+            )
         images = [Image.fromarray(image) for image in np.round(pixels * 255).astype(np.uint8)]
         shared = {
             "steps": str(len(levels) - 1),
             "sigmas": " ".join(f"{level:.9g}" for level in levels),
             "guidance": f"{guidance:g}",
             "dtype": self.dtype,
+            "text_encoders": " ".join(name for name in TEXT_ENCODERS if name in self.components),
+            "max_t5_tokens": str(self.max_t5_tokens),
             "software": f"sd35flash-jax {version('sd35flash-jax')}",
         }
         if self.loras:
             shared["loras"] = ", ".join(f"{name} {scale:g}" for name, scale in self.loras)
-        metadata = [
-            {"prompt": text, "negative_prompt": away, "seed": str(seed + index)} | shared
-            for index, (text, away) in enumerate(zip(prompts, negatives))
-        ]
+        metadata = [{"prompt": text, "seed": str(seed + index)} | shared for index, text in enumerate(prompts)]
+        if guidance > 1:
+            metadata = [own | {"negative_prompt": away} for own, away in zip(metadata, negatives)]
         return Result(images, latents, clock.seconds, metadata)
 
     def load_lora(self, path: str | os.PathLike, scale: float = 1.0) -> None:
@@ -242,9 +254,7 @@ class FlashPipeline:
             ValueError: a size is not a positive multiple of 16 or too large for the model, or a seed not in [0, 2**32).
         """
         check_size(self.config, height, width)
-        if not 0 <= seed <= 2**32 - batch:
-            raise ValueError(f"seeds must be in [0, 2**32), not {seed} to {seed + batch - 1}")
-        seeds = np.arange(seed, seed + batch, dtype=np.uint32)
+        seeds = _seeds(seed, batch)
         channels = self._component("transformer").config.latent_channels
         return _noise(seeds, (height // DOWNSAMPLING, width // DOWNSAMPLING, channels))
 
@@ -275,13 +285,12 @@ class FlashPipeline:
         """
         transformer = self._component("transformer")
         levels = choose_sigmas(self.config.schedule, steps, sigmas)
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance must be a finite number, not {guidance}")
+        _check_guidance(guidance)
         if guidance > 1 and negative is None:
             raise ValueError("guidance above 1 needs a negative Conditioning to guide away from, such as encode([''])")
         latents = self._latents(noise, transformer.config.latent_channels)
         conditioning = self._conditioning(conditioning, len(latents))
-        negative = conditioning if negative is None else self._conditioning(negative, len(latents))
+        negative = conditioning if negative is None or guidance <= 1 else self._conditioning(negative, len(latents))
         if negative.context.shape != conditioning.context.shape:
             raise ValueError(
                 f"the negative context has {negative.context.shape[1]} tokens and the positive one "
@@ -328,6 +337,8 @@ class FlashPipeline:
         Raises:
             ValueError: the pixels are not `(batch, height, width, 3)` with sizes divisible by 16.
         """
+        if not jnp.issubdtype(jnp.asarray(pixels).dtype, jnp.floating):
+            raise ValueError(f"pixels must be floats in [0, 1], not {jnp.asarray(pixels).dtype}")
         pixels = self._placed(pixels, jnp.float32)
         if pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ValueError(f"pixels must be (batch, height, width, 3), not {pixels.shape}")
@@ -355,7 +366,7 @@ class FlashPipeline:
 
     def _latents(self, latents: Any, channels: int) -> Float[Array, "b h w c"]:
         latents = self._placed(latents, jnp.float32)
-        if latents.ndim != 4 or latents.shape[-1] != channels:
+        if latents.ndim != 4 or latents.shape[-1] != channels or not len(latents):
             raise ValueError(f"latents must be (batch, height/8, width/8, {channels}), not {latents.shape}")
         check_size(self.config, *(DOWNSAMPLING * side for side in latents.shape[1:3]))
         return latents
@@ -378,6 +389,41 @@ class FlashPipeline:
         )
 
 
+def check_request(
+    config: ModelConfig,
+    images: int,
+    steps: int,
+    sigmas: Sequence[float] | np.ndarray | None,
+    guidance: float,
+    height: int,
+    width: int,
+    seed: int,
+) -> None:
+    """Refuse what a pipeline call would refuse; a command does so before it loads the weights.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    check_size(config, height, width)
+    choose_sigmas(config.schedule, steps, sigmas)
+    _check_guidance(guidance)
+    _seeds(seed, images)
+
+
+def _check_guidance(guidance: float) -> None:
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, not {guidance}")
+
+
+def _seeds(seed: int, batch: int) -> np.ndarray:
+    seed, batch = operator.index(seed), operator.index(batch)
+    if batch < 1:
+        raise ValueError(f"there must be at least one image, not {batch}")
+    if not 0 <= seed <= 2**32 - batch:
+        raise ValueError(f"seeds must be in [0, 2**32), not {seed} to {seed + batch - 1}")
+    return np.arange(seed, seed + batch, dtype=np.uint32)
+
+
 def check_size(config: ModelConfig, height: int, width: int) -> None:
     """Refuse an image size, in pixels, that the model cannot make.
 
@@ -392,7 +438,7 @@ def check_size(config: ModelConfig, height: int, width: int) -> None:
             raise ValueError(f"{side} {pixels} is not a positive multiple of {unit}; try {below} or {below + unit}")
         if config.transformer and pixels > config.transformer.position_table_side * unit:
             largest = config.transformer.position_table_side * unit
-            raise ValueError(f"{side} {pixels} is too large for this model, which draws up to {largest}")
+            raise ValueError(f"{side} {pixels} is beyond the model's position table, which ends at {largest}")
 
 
 class _Stopwatch:

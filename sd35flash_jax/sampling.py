@@ -1,7 +1,7 @@
 """velocity -> latents: guided Euler steps along the rectified flow, in one compiled program.
 
 The step count, the sigmas and the guidance are values, not shapes: a new one recompiles nothing. What recompiles is a
-new batch, height, width, token count or dtype, and a schedule of more than 64 steps.
+new batch, height, width, token count or dtype, and a schedule of more than 63 steps (127, 191, ...).
 """
 
 from collections.abc import Callable

@@ -42,13 +42,14 @@ def choose_sigmas(
         ValueError: `steps` or `sigmas` is out of range.
     """
     if sigmas is None:
-        own = (own for own in schedule.sigmas if len(np.trim_zeros(own, "b")) == steps)
-        sigmas = next(own, None)
+        sigmas = next((own for own in schedule.sigmas if len(own) == steps), None)
     if sigmas is None:
         return shifted_sigmas(steps, schedule.shift)
     levels = np.asarray(sigmas, np.float32)
     if levels.ndim == 1 and levels.size and levels[-1] != 0:
         levels = np.append(levels, np.float32(0))
     if levels.ndim != 1 or levels.size < 2 or not (levels[0] <= 1 and (np.diff(levels) < 0).all() and levels[-1] == 0):
-        raise ValueError(f"sigmas must fall strictly within (0, 1], such as 1.0 0.75 0.5 0.25, not {list(sigmas)}")
+        raise ValueError(
+            f"sigmas must fall strictly within (0, 1], such as 1.0 0.75 0.5 0.25, not {np.asarray(sigmas).tolist()}"
+        )
     return levels

@@ -64,7 +64,13 @@ def tokenize(
     """Token ids of each encoder, `(batch, count)` int32, cut and padded to its count.
 
     Warns where an encoder does not see the end of a prompt.
+
+    Raises:
+        ValueError: a prompt is not text.
     """
+    for prompt in prompts:
+        if not isinstance(prompt, str) or prompt.encode("utf-8", "replace").decode() != prompt:
+            raise ValueError(f"a prompt must be text that UTF-8 can hold, not {prompt!r}")
     tokens = {}
     for encoder, tokenizer in tokenizers.items():
         count = counts[encoder]

@@ -180,8 +180,14 @@ def test_a_relative_path_is_understood(clip_checkpoint, tmp_path, monkeypatch):
     assert tuple(load_checkpoint("made/here").components) == CLIP.components
 
 
-def test_others_may_read_a_checkpoint_as_any_new_folder(clip_checkpoint):
-    assert clip_checkpoint[0].stat().st_mode & 0o777 == 0o755
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700)])
+def test_a_checkpoint_has_the_permissions_of_any_new_folder(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_checkpoint(tmp_path / "checkpoint", ModelConfig(), {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "checkpoint").stat().st_mode & 0o777 == mode
 
 
 # Refusals
@@ -296,3 +302,33 @@ def test_a_configuration_that_contradicts_the_weights_is_refused_by_parameter(da
     model["clip_l"]["feed_forward_size"] = 65
     change_header(damaged, model=model)
     assert_refused(damaged, "clip_l", "layers.linear_1", "65", components=["clip_l"])
+
+
+def test_a_component_loads_though_the_tokenizer_of_another_is_gone(small_checkpoint, tmp_path):
+    shutil.copytree(small_checkpoint, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "tokenizers" / "t5")
+    assert set(load_checkpoint(tmp_path / "copy", ("clip_l", "clip_g")).tokenizers) == {"clip_l", "clip_g"}
+    with pytest.raises(CheckpointError, match=r"tokenizers/t5/.* is missing"):
+        load_checkpoint(tmp_path / "copy", ("t5",))
+
+
+def test_a_failed_save_takes_back_the_folders_it_made(tmp_path):
+    def fail():
+        raise ValueError("stop here")
+
+    with pytest.raises(ValueError, match="stop here"):
+        save_checkpoint(tmp_path / "new" / "deep" / "checkpoint", ModelConfig(), {}, source=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_files_of_a_tokenizer_are_copied_and_a_dangling_link_is_named(tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "extra.py").write_text("raise SystemExit")
+    save_checkpoint(tmp_path / "checkpoint", ModelConfig(), {}, {"t5": tokenizer})
+    copied = tmp_path / "checkpoint" / "tokenizers" / "t5"
+    assert [file.name for file in copied.iterdir()] == ["tokenizer.json"]
+    (tokenizer / "spiece.model").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"spiece\.model is a link to a file that is not there"):
+        save_checkpoint(tmp_path / "other", ModelConfig(), {}, {"t5": tokenizer})

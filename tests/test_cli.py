@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -49,9 +50,53 @@ def test_a_folder_that_does_not_exist_is_refused_before_anything_is_loaded(small
     assert status == 1 and "nowhere/x.png does not exist" in err and "loading" not in err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "-1"], "seeds must be in"),
+        (["--guidance", "nan"], "guidance must be a finite number"),
+        (["--sigmas", "0.2", "0.9"], "sigmas must fall strictly"),
+        (["--output", "."], "does not name a PNG file"),
+        (["--output", "fox.jpg"], "fox.jpg does not name a PNG file"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_anything_is_loaded(options, message, small_checkpoint, tmp_path, capsys):
+    status, _, err = run(capsys, *small(small_checkpoint, tmp_path / "x.png", *options))
+    assert status == 1 and message in err and "loading" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(small_checkpoint, tmp_path, capsys):
+    status, _, err = run(capsys, *small(small_checkpoint, tmp_path / "x.png", "--negative", "rain"))
+    assert status == 0 and "--negative has no effect" in err
+    assert "negative_prompt" not in Image.open(tmp_path / "x.png").text
+
+
 def test_a_diffusers_folder_given_as_checkpoint_is_told_to_be_converted(tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text("{}")
     status, _, err = run(capsys, "generate", "a red fox", "--checkpoint", tmp_path)
-    assert status == 1 and "sd35flash-jax convert" in err and "Traceback" not in err
+    assert status == 1
+    assert err == (
+        f"sd35flash-jax: {tmp_path} is a diffusers folder; convert it first with: "
+        f"sd35flash-jax convert {tmp_path} CHECKPOINT\n"
+    )
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path, capsys):
+    status, _, err = run(capsys, "generate", "a red fox", "--checkpoint", tmp_path)
+    assert status == 1 and f"{tmp_path} is not a checkpoint" in err
+
+
+def test_a_platform_that_cannot_be_had_is_one_sentence(small_checkpoint, tmp_path):
+    arguments = [str(argument) for argument in small(small_checkpoint, tmp_path / "x.png")]
+    done = subprocess.run(
+        [sys.executable, "-m", "sd35flash_jax.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "nonesuch"},
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "Unable to initialize backend" in done.stderr
 
 
 def test_a_failed_conversion_says_why_and_leaves_nothing(tmp_path, capsys):

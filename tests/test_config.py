@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -20,19 +21,44 @@ from sd35flash_jax.config import (
 from tests.tiny_model import CONFIG
 
 SIZES = st.integers(1, 2**24)
-COUNTS = st.integers(0, 2**24)
+LAYERS = st.integers(1, 1024)
 NUMBERS = st.floats(-1e6, 1e6)
 POSITIVE = st.floats(1e-6, 1e6)
-CONFIGS = st.builds(
-    ModelConfig,
-    transformer=st.none()
-    | st.builds(MMDiTConfig, SIZES, SIZES, SIZES, SIZES, qk_norm=st.booleans(), dual_attention_blocks=COUNTS),
-    vae=st.none() | st.builds(VAEConfig, st.tuples(SIZES, SIZES, SIZES, SIZES), SIZES, scale=POSITIVE, shift=NUMBERS),
-    clip_l=st.none()
-    | st.builds(CLIPConfig, SIZES, SIZES, SIZES, SIZES, SIZES, st.sampled_from(["gelu", "quick_gelu"]), SIZES),
-    clip_g=st.none() | st.builds(CLIPConfig, SIZES, SIZES, SIZES, SIZES, SIZES, st.just("gelu"), norm_epsilon=POSITIVE),
-    t5=st.none() | st.builds(T5Config, SIZES, SIZES, position_buckets=SIZES, norm_epsilon=POSITIVE),
-    schedule=st.builds(ScheduleConfig, st.floats(0.1, 100)),
+
+
+@st.composite
+def clips(draw) -> CLIPConfig:
+    heads, head_size = draw(st.integers(1, 2**12)), draw(st.integers(1, 2**12))
+    activation = draw(st.sampled_from(["gelu", "quick_gelu"]))
+    size = heads * head_size
+    return CLIPConfig(
+        size, draw(LAYERS), heads, draw(SIZES), size, activation, draw(SIZES), norm_epsilon=draw(POSITIVE)
+    )
+
+
+@st.composite
+def transformers(draw) -> MMDiTConfig:
+    depth = draw(LAYERS)
+    dual = draw(st.integers(0, depth))
+    return MMDiTConfig(
+        depth, draw(SIZES), 4 * draw(LAYERS), draw(SIZES), qk_norm=draw(st.booleans()), dual_attention_blocks=dual
+    )
+
+
+WIDTHS = st.integers(1, 2**18).map(lambda groups: 32 * groups)
+# A component at a time: together they must fit each other, which the tests of contradictions below vary.
+CONFIGS = st.one_of(
+    st.builds(ModelConfig, transformer=transformers()),
+    st.builds(
+        ModelConfig,
+        vae=st.builds(VAEConfig, st.tuples(WIDTHS, WIDTHS, WIDTHS, WIDTHS), LAYERS, scale=POSITIVE, shift=NUMBERS),
+    ),
+    st.builds(ModelConfig, clip_l=clips(), clip_g=clips()),
+    st.builds(
+        ModelConfig,
+        t5=st.builds(T5Config, SIZES, LAYERS, position_buckets=st.integers(4, 500), norm_epsilon=POSITIVE),
+        schedule=st.builds(ScheduleConfig, st.floats(0.1, 100), st.just(((1.0, 0.5), (0.9,)))),
+    ),
 )
 
 
@@ -142,3 +168,28 @@ def test_the_presets_have_the_published_numbers_of_parameters():
     assert transformer_size("sd3-medium") == pytest.approx(2.03, abs=0.01)
     assert transformer_size("sd3.5-medium") == pytest.approx(2.24, abs=0.02)
     assert transformer_size("sd3.5-large") == pytest.approx(8.06, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip_l.heads": 5}, "clip_l.hidden_size 32 does not divide into 5 heads"),
+        ({"clip_g.projection_size": 64}, "clip_g.projection_size 64 is not its hidden_size 48"),
+        ({"t5.position_max_distance": 8}, "t5.position_buckets 32 do not fit t5.position_max_distance 8"),
+        ({"t5.hidden_size": 64}, "t5.hidden_size 64 is not transformer.context_size 96"),
+        ({"vae.norm_groups": 24}, "do not divide into 24 norm_groups"),
+        ({"vae.latent_channels": 4}, "vae.latent_channels 4 are not transformer's 16"),
+        ({"transformer.dual_attention_blocks": 5}, "transformer.dual_attention_blocks 5 are more than its depth"),
+        ({"transformer.pooled_size": 128}, "the CLIP encoders' widths 80 do not make transformer.pooled_size 128"),
+        ({"transformer.context_size": 64}, "the CLIP encoders' widths 80 are more than transformer.context_size 64"),
+        ({"schedule.sigmas": [[0.2, 0.9]]}, r"schedule.sigmas \[0.2, 0.9\] do not fall strictly"),
+        ({"schedule.sigmas": [[1.0, 0.5], [0.9, 0.4]]}, "schedule.sigmas has two schedules of one length"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_named(changes, message):
+    data = json.loads(json.dumps(CONFIG.to_json()))
+    for path, value in changes.items():
+        *sections, field = path.split(".")
+        functools.reduce(dict.__getitem__, sections, data)[field] = value
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_json(data)

@@ -100,6 +100,13 @@ def test_the_result_carries_images_latents_timings_and_metadata(pipe):
     assert first["software"].startswith("sd35flash-jax ")
 
 
+def test_metadata_tells_what_the_image_depends_on(small_checkpoint):
+    pipe = FlashPipeline.from_pretrained(small_checkpoint, text_encoders="t5", max_t5_tokens=16)
+    (metadata,) = pipe("a red fox", negative_prompt="rain", **SIZE).metadata
+    assert metadata["text_encoders"] == "t5" and metadata["max_t5_tokens"] == "16" and metadata["dtype"] == "bfloat16"
+    assert "negative_prompt" not in metadata, "it has no effect without guidance"
+
+
 def test_pixels_are_in_range_and_encode_back_to_latents_of_the_right_shape(pipe):
     latents = pipe.noise(0, 2, **SIZE)
     pixels = pipe.decode(latents)
@@ -163,7 +170,7 @@ def test_from_pretrained_without_a_path_says_how_to_get_a_model():
         ({"height": 100}, "height 100 is not a positive multiple of 16; try 96 or 112"),
         ({"width": 0}, "width 0 is not a positive multiple of 16"),
         ({"width": -64}, "width -64 is not a positive multiple of 16"),
-        ({"height": 400}, "height 400 is too large for this model, which draws up to 384"),
+        ({"height": 400}, "height 400 is beyond the model's position table, which ends at 384"),
         ({"seed": -1}, "seeds must be in"),
         ({"seed": 2**32}, "seeds must be in"),
         ({"steps": 0}, "steps must be from 1 to 1000"),
@@ -204,6 +211,40 @@ def test_arrays_of_the_wrong_shape_are_refused(pipe):
         pipe.velocity(noise, 1001.0, good)
     with pytest.raises(ValueError, match=r"pixels must be \(batch, height, width, 3\)"):
         pipe.encode_image(np.zeros((64, 96, 3)))
+    with pytest.raises(ValueError, match=r"pixels must be floats in \[0, 1\], not uint8"):
+        pipe.encode_image(np.zeros((1, 64, 96, 3), np.uint8))
+    with pytest.raises(ValueError, match="latents must be"):
+        pipe.denoise(noise[:0], good)
+    with pytest.raises(ValueError, match="at least one image"):
+        pipe.noise(0, -2, **SIZE)
+
+
+@pytest.mark.parametrize("prompt", ["fox \udcff", 3, None])
+def test_a_prompt_that_is_not_text_is_refused(pipe, prompt):
+    with pytest.raises(ValueError, match="a prompt must be text that UTF-8 can hold"):
+        pipe([prompt], **SIZE)
+
+
+def test_a_negative_context_of_another_length_does_not_matter_without_guidance(pipe):
+    noise, positive = pipe.noise(0, 1, **SIZE), pipe.encode(["a red fox"])
+    shorter = Conditioning(positive.context[:, :50], positive.pooled)
+    np.testing.assert_array_equal(pipe.denoise(noise, positive), pipe.denoise(noise, positive, negative=shorter))
+
+
+def test_a_checkpoint_of_which_nothing_is_loaded_is_refused(tmp_path):
+    save_checkpoint(
+        tmp_path / "text",
+        replace(CONFIG, transformer=None, vae=None, clip_l=None, clip_g=None),
+        {"t5": random_parameters("t5")},
+    )
+    with pytest.raises(ValueError, match="there is no component to run"):
+        FlashPipeline.from_pretrained(tmp_path / "text", text_encoders=())
+
+
+def test_the_dtype_of_a_pipeline_is_that_of_its_parameters(small_checkpoint, pipe):
+    assert pipe.dtype == "float32"
+    assert FlashPipeline.from_pretrained(small_checkpoint).dtype == "bfloat16"
+    assert FlashPipeline(pipe.config, pipe.components, pipe.tokenizers).dtype == "float32"
 
 
 def test_negative_prompts_must_be_as_many_as_the_prompts(pipe):
@@ -212,7 +253,7 @@ def test_negative_prompts_must_be_as_many_as_the_prompts(pipe):
 
 
 def test_an_image_of_nan_is_an_error_and_not_a_black_picture(pipe):
-    broken = FlashPipeline(pipe.config, pipe.components, pipe.tokenizers, "float32", max_t5_tokens=32)
+    broken = FlashPipeline(pipe.config, pipe.components, pipe.tokenizers, max_t5_tokens=32)
     broken.components["vae"] = jax.tree.map(lambda array: array * np.nan, pipe.components["vae"])
     with pytest.raises(FloatingPointError, match="came out as NaN"):
         broken("a red fox", **SIZE)

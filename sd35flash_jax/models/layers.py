@@ -23,7 +23,7 @@ def attention(
 ) -> Float[Array, "b t c"]:
     """Softmax attention with heads merged on return; `scale` is 1/sqrt(d) unless given.
 
-    On an NVIDIA GPU cuDNN's flash kernel serves what it can, 16-bit operands without bias and heads of up to 128;
+    On an NVIDIA GPU cuDNN's flash kernel serves bfloat16 operands without bias and with heads of up to 128;
     everything else, and every other device, takes XLA's own attention.
     """
     options: dict[str, Any] = {"bias": bias, "is_causal": causal, "scale": scale}
