@@ -312,7 +312,14 @@ def t5_config(data: dict[str, Any]) -> dict[str, Any]:
 
 def schedule_config(data: dict[str, Any]) -> dict[str, Any]:
     _require("scheduler", data, "_class_name", ("FlowMatchEulerDiscreteScheduler",), absent=None)
-    for option in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+    for option in (
+        "use_dynamic_shifting",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "invert_sigmas",
+        "stochastic_sampling",
+    ):
         _require("scheduler", data, option, (False,), absent=False)
     _require("scheduler", data, "num_train_timesteps", (1000,), absent=1000)
     _require("scheduler", data, "shift_terminal", (None,), absent=None)

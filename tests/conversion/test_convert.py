@@ -361,6 +361,8 @@ def whole_source(tmp_path_factory) -> Path:
         ("scheduler", "_class_name", "EulerDiscreteScheduler"),
         ("scheduler", "use_dynamic_shifting", True),
         ("scheduler", "use_karras_sigmas", True),
+        ("scheduler", "invert_sigmas", True),
+        ("scheduler", "stochastic_sampling", True),
         ("scheduler", "num_train_timesteps", 500),
     ],
 )
