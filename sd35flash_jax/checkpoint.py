@@ -149,6 +149,7 @@ def save_checkpoint(
     if set(components) != set(config.components):
         raise ValueError(f"the configuration has {config.components}, but the components are {tuple(components)}")
     with written_whole(destination) as folder:
+        folder.mkdir()
         for name, tokenizer in (tokenizers or {}).items():
             _copy_tokenizer(tokenizer, folder / "tokenizers" / name)
         for name, component in components.items():
@@ -170,18 +171,20 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def written_whole(destination: Path) -> Iterator[Path]:
-    """A temporary directory beside `destination` that takes its name at the end, or vanishes."""
+    """A path beside `destination`, for a file or folder to be made, that takes its name at the end or vanishes."""
     refuse_existing(destination)
     made = [parent for parent in destination.absolute().parents if not parent.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = destination.parent / f".{destination.name}.partial-{secrets.token_hex(4)}"
+    partial_path = destination.parent / f".{destination.name}.partial-{secrets.token_hex(4)}"
     try:
-        folder.mkdir()
-        yield folder
+        yield partial_path
         refuse_existing(destination)
-        folder.rename(destination)
+        partial_path.rename(destination)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        if partial_path.is_dir():
+            shutil.rmtree(partial_path, ignore_errors=True)
+        else:
+            partial_path.unlink(missing_ok=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -266,6 +269,15 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
         raise
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} is damaged: {error}") from None
+
+
+def read_origin(path: str | os.PathLike) -> Any:
+    """Where a checkpoint's weights came from, as `save_checkpoint` was told.
+
+    Raises:
+        CheckpointError: as `read_config`.
+    """
+    return _read_header(Path(path).expanduser()).get("source")
 
 
 def load_checkpoint(

@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints. Results go to standard output, progress and messages to standard error."""
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -91,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("destination", type=Path, help="folder or file to make")
     export.add_argument("--layout", choices=("diffusers", "single-file"), default="diffusers")
     export.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights; as stored")
+
+    info = commands.add_parser("info", help="say what a checkpoint or an unconverted source holds")
+    info.set_defaults(run=_info)
+    info.add_argument("path", type=Path, help="checkpoint directory, diffusers folder or safetensors file")
+    info.add_argument("--tensors", action="store_true", help="list every tensor")
+    info.add_argument("--json", action="store_true", help="print all of it as JSON")
 
     parity = commands.add_parser(
         "parity", help="compare a checkpoint with the PyTorch reference, in float32", formatter_class=_Defaults
@@ -209,6 +216,13 @@ def _export(options: argparse.Namespace) -> None:
 
     export(options.checkpoint, options.destination, options.layout, options.dtype, progress=True)
     print(options.destination)
+
+
+def _info(options: argparse.Namespace) -> None:
+    from conversion.info import describe, format_description
+
+    description = describe(options.path, progress=True)
+    print(json.dumps(description, indent=1) if options.json else format_description(description, options.tensors))
 
 
 def _parity(options: argparse.Namespace) -> None:
