@@ -21,7 +21,7 @@ from conversion.lora import LayerUpdates, open_loras, updated
 from conversion.rules import Rule, Table
 from conversion.safetensors_file import Tensor
 from conversion.sources import Part, Source, find_tokenizers, open_component, open_source
-from sd35flash_jax.checkpoint import DTYPES, StreamedArray, abstract_component, parameters, save_checkpoint
+from sd35flash_jax.checkpoint import DTYPES, StreamedArray, parameter_shapes, save_checkpoint
 from sd35flash_jax.config import COMPONENTS, TEXT_ENCODERS, ModelConfig
 
 Shape = tuple[int, ...]
@@ -78,6 +78,7 @@ def convert(
         parts = main.parts | {name: other.parts[name] for name, other in others.items()}
         parts = {name: parts[name] for name in COMPONENTS if name in parts}
         config = ModelConfig(**{name: part.config for name, part in parts.items()}, schedule=main.schedule)
+        ModelConfig.from_json(config.to_json())  # refuses components that do not fit each other
         found = find_tokenizers(Path(tokenizers), config.components) if tokenizers else main.tokenizers
         updates = open_loras(loras, config)
         plans = {
@@ -133,7 +134,7 @@ def _plan(
 ) -> dict[str, StreamedArray]:
     """Match the table against both sides, and return every parameter ready to be streamed."""
     table = part.table
-    shapes = {param: tuple(array.shape) for param, array in parameters(abstract_component(name, config)).items()}
+    shapes = parameter_shapes(name, config)
     tensors = _with_optional(_canonical(part.tensors, table), table, shapes)
     faults = check_table(table, {key: tensor.shape for key, tensor in tensors.items()}, shapes)
     if faults:
@@ -176,7 +177,7 @@ class _Constant:
 
 
 def _with_optional(
-    tensors: dict[str, Tensor], table: Table, param_shapes: dict[str, Shape]
+    tensors: dict[str, Tensor], table: Table, param_shapes: Mapping[str, Shape]
 ) -> dict[str, Tensor | _Constant]:
     """The tensors with those added that may be missing and are."""
     missing = set(table.optional) - set(tensors)
@@ -190,7 +191,7 @@ def _with_optional(
     return tensors | constants
 
 
-def check_table(table: Table, source_shapes: dict[str, Shape], param_shapes: dict[str, Shape]) -> list[str]:
+def check_table(table: Table, source_shapes: Mapping[str, Shape], param_shapes: Mapping[str, Shape]) -> list[str]:
     """What keeps a table from using every source tensor exactly once and filling every parameter exactly once, all
     faults at once; empty if nothing does."""
     used = Counter(key for rule in table.rules for key in rule.sources)

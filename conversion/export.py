@@ -1,7 +1,6 @@
 """The way back: a checkpoint directory to a diffusers folder or one of Stability's single files, read and written
 piece by piece."""
 
-import contextlib
 import json
 import math
 import os
@@ -102,15 +101,17 @@ def export(
         warnings.warn("neither layout can hold the checkpoint's own sigmas; give them to the pipeline", stacklevel=2)
     total = sum(piece.bytes for plan in plans.values() for piece in plan)
     check_space(target, total)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="exporting", disable=not progress) as bar:
+    if layout == "single-file":
+        _warn_of_unsaid(config, plans)
+    with (
+        written_whole(target) as path,
+        tqdm(total=total, unit="B", unit_scale=True, desc="exporting", disable=not progress) as bar,
+    ):
         if layout == "diffusers":
-            with written_whole(target) as folder:
-                _write_folder(folder, config, plans, tokenizer_folders(source, config.components), bar)
+            _write_folder(path, config, plans, tokenizer_folders(source, config.components), bar)
         else:
-            _warn_of_unsaid(config, plans)
-            with _file_written_whole(target) as file:
-                pieces = [(single_file_layout.PREFIXES[name], piece) for name, plan in plans.items() for piece in plan]
-                _write(file, pieces, bar)
+            prefixes = single_file_layout.PREFIXES
+            _write(path, [(prefixes[name], piece) for name, plan in plans.items() for piece in plan], bar)
 
 
 def _plan(table: Table, stored: Mapping[str, ts.TensorStore], dtype: str | None) -> list[Piece]:
@@ -143,12 +144,16 @@ def _write(file: Path, pieces: Iterable[tuple[str, Piece]], bar: tqdm) -> None:
 def _write_folder(
     folder: Path, config: ModelConfig, plans: Mapping[str, list[Piece]], tokenizers: Mapping[str, Path], bar: tqdm
 ) -> None:
+    folder.mkdir()
     _write_json(folder / "model_index.json", diffusers_layout.write_model_index(plans, tokenizers))
     (folder / "scheduler").mkdir()
     schedule = diffusers_layout.write_schedule_config(config.schedule)
     _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
     for name, tokenizer in tokenizers.items():
-        shutil.copytree(tokenizer, folder / diffusers_layout.TOKENIZER_FOLDERS[name])
+        copied = shutil.copytree(tokenizer, folder / diffusers_layout.TOKENIZER_FOLDERS[name])
+        if name == "clip_g" and not (copied / "tokenizer_config.json").exists():
+            # Without it the tokenizer would pad as CLIP-L's does.
+            _write_json(copied / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "pad_token": "!"})
     for name, plan in plans.items():
         sub = folder / diffusers_layout.FOLDERS[name]
         sub.mkdir()
@@ -196,17 +201,3 @@ def _warn_of_unsaid(config: ModelConfig, plans: Mapping[str, list[Piece]]) -> No
             f"a single file cannot say {', '.join(unsaid)}: its readers take the values of the published models",
             stacklevel=3,
         )
-
-
-@contextlib.contextmanager
-def _file_written_whole(destination: Path) -> Iterator[Path]:
-    """A temporary file beside `destination` that takes its name at the end, or vanishes."""
-    if destination.exists() or destination.is_symlink():
-        raise FileExistsError(f"{destination} already exists; remove it or choose another destination")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        partial.rename(destination)
-    finally:
-        partial.unlink(missing_ok=True)

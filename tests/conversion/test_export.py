@@ -10,10 +10,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from conversion import ConversionError, convert, export
 from conversion import diffusers_layout as layout
@@ -21,6 +22,7 @@ from conversion.safetensors_file import Tensor, find_weights, open_all, open_saf
 from sd35flash_jax.checkpoint import CheckpointError, open_stored, read_config, save_checkpoint
 from sd35flash_jax.cli import main
 from sd35flash_jax.config import COMPONENTS, CLIPConfig, MMDiTConfig, ModelConfig, ScheduleConfig, T5Config, VAEConfig
+from sd35flash_jax.text import load_tokenizer
 from tests.conversion.single_file_source import SMALL, write_file
 from tests.conversion.test_convert import assert_holds, loaded
 from tests.diffusers_source import source_config
@@ -140,7 +142,7 @@ def models(draw) -> ModelConfig:
     return config
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None)
 @given(
     models(),
     st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
@@ -276,6 +278,19 @@ def test_weights_are_cast_on_request(kind, converted, tmp_path):
     assert dtypes == {np.dtype(ml_dtypes.bfloat16)}
 
 
+def test_clip_gs_padding_survives_where_its_tokenizer_has_no_configuration(converted, tmp_path):
+    shutil.copytree(converted / "source", tmp_path / "source")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "source" / "tokenizer_2" / name).unlink()
+    convert(tmp_path / "source", tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "out")
+    written = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer_2")
+    ours = load_tokenizer("clip_g", tmp_path / "checkpoint" / "tokenizers" / "clip_g")
+    options = {"padding": "max_length", "max_length": 77}
+    assert written("a red fox", **options).input_ids == ours("a red fox", **options).input_ids
+    assert written.pad_token == "!"
+
+
 # What is refused or warned of
 
 
@@ -334,7 +349,7 @@ def test_an_interrupt_leaves_nothing_behind(kind, converted, tmp_path, monkeypat
 
 
 def test_what_a_layout_cannot_say_is_warned_of(tmp_path):
-    schedule = ScheduleConfig(shift=2.0, sigmas=((1.0, 0.5, 0.0),))
+    schedule = ScheduleConfig(shift=2.0, sigmas=((1.0, 0.5),))
     config = ModelConfig(clip_g=CONFIG.clip_g, schedule=schedule)
     save_checkpoint(tmp_path / "checkpoint", config, {"clip_g": random_parameters("clip_g")})
     with pytest.warns(UserWarning) as caught:

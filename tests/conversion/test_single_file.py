@@ -269,6 +269,12 @@ def test_a_file_given_for_a_component_that_it_lacks_is_refused(tmp_path):
     refused(tmp_path / "model.safetensors", f"{file} holds no t5: it holds transformer", components={"t5": file})
 
 
+def test_components_that_do_not_fit_each_other_are_refused(tmp_path):
+    write_file(tmp_path / "model.safetensors", ["transformer"])
+    write_diffusers_folder(tmp_path / "other", ["t5"])
+    refused(tmp_path / "model.safetensors", "t5.hidden_size 96", "192", components={"t5": tmp_path / "other"})
+
+
 def test_a_component_that_does_not_exist_is_refused(tmp_path):
     write_file(tmp_path / "model.safetensors", ["vae"])
     refused(tmp_path / "model.safetensors", "unet", "transformer", components={"unet": tmp_path})

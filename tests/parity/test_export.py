@@ -67,6 +67,7 @@ def test_the_reference_loads_an_exported_single_file(small_folder, tmp_path):
     found = StableDiffusion3Pipeline.from_single_file(
         str(tmp_path / "model.safetensors"), config=str(small_folder), local_files_only=True
     )
+    found.text_encoder_3.eval()  # diffusers leaves it in training, with its dropout
     assert_same(found, loaded(small_folder))
 
 
