@@ -74,11 +74,12 @@ class Update:
     scale: float
 
     def delta(self) -> np.ndarray:
-        down, up = (tensor.read().astype(np.float32) for tensor in (self.down, self.up))
-        product = np.float32(self.scale) * (up.reshape(len(up), -1) @ down.reshape(len(down), -1))
+        down, up = (tensor.read().astype(np.float32).reshape(tensor.shape[0], -1) for tensor in (self.down, self.up))
+        # Laid out column by column, which most rules transpose: the sum with the parameter then runs along its memory.
+        product = (down.T @ (np.float32(self.scale) * up).T).T
         return self.rule.transform.forward(
             [
-                product.reshape(shape) if source == self.source else np.zeros(shape, np.float32)
+                product.reshape(shape) if source == self.source else np.zeros(shape, np.float32, "F")
                 for source, shape in zip(self.rule.sources, self.source_shapes)
             ]
         )
