@@ -181,7 +181,7 @@ def _with_optional(
 ) -> dict[str, Tensor | _Constant]:
     """The tensors with those added that may be missing and are."""
     missing = set(table.optional) - set(tensors)
-    dtype = min((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize, default=None)
+    dtype = min(map(_kept_dtype, tensors.values()), key=lambda dtype: dtype.itemsize, default=None)
     constants = {
         key: _Constant(table.optional[key](shape).astype(dtype))
         for rule in table.rules
@@ -230,6 +230,11 @@ def _source_shapes(rule: Rule, param_shape: Shape) -> list[Shape]:
     return list(rule.transform.source_shapes(shape, len(rule.sources)))
 
 
+def _kept_dtype(tensor: Tensor | _Constant) -> np.dtype:
+    """The dtype to store a tensor in: its own, but bfloat16, which holds every fp8 value, for fp8."""
+    return BFLOAT16 if tensor.is_fp8 else tensor.dtype
+
+
 def _streamed(
     shape: Shape,
     rules: list[Rule],
@@ -237,8 +242,7 @@ def _streamed(
     dtype: np.dtype | None,
     updates: LayerUpdates,
 ) -> StreamedArray:
-    # Neither JAX's models nor Orbax's arrays hold fp8 weights.
-    stored = {BFLOAT16 if tensors[key].is_fp8 else tensors[key].dtype for rule in rules for key in rule.sources}
+    stored = {_kept_dtype(tensors[key]) for rule in rules for key in rule.sources}
     target = dtype or (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
 
     def pieces() -> Iterator[tuple[Any, np.ndarray]]:

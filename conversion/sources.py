@@ -56,7 +56,7 @@ def open_source(path: Path, without: Collection[str] = ()) -> Source:
     if not folders:
         raise ValueError(
             f"{path} holds none of {', '.join(f'{sub}/' for sub in diffusers_layout.FOLDERS.values())}; "
-            "give the folder of a diffusers Stable Diffusion 3 or 3.5 pipeline"
+            "give the folder of a diffusers Stable Diffusion 3 or 3.5 pipeline, or a single safetensors file"
         )
     schedule = {}
     scheduler = path / "scheduler" / "scheduler_config.json"

@@ -182,6 +182,18 @@ def test_fp8_weights_become_bfloat16_without_loss(tmp_path):
     )
 
 
+def test_an_fp8_clip_l_without_a_projection_has_the_identity(tmp_path):
+    tensors = original_tensors("clip_l", random_parameters("clip_l", 0, SMALL))
+    stored = {key: tensor.astype(ml_dtypes.float8_e4m3fn) for key, tensor in tensors.items()}
+    del stored["text_projection.weight"]
+    write_fp8(tmp_path / "clip_l.safetensors", stored)
+    write_file(tmp_path / "vae.safetensors", ["vae"])
+    files = {"clip_l": tmp_path / "clip_l.safetensors"}
+    convert(tmp_path / "vae.safetensors", tmp_path / "checkpoint", components=files)
+    assert stored_dtype(tmp_path / "checkpoint", "clip_l", "projection.kernel") == "bfloat16"
+    np.testing.assert_array_equal(loaded(tmp_path / "checkpoint", "clip_l")["projection.kernel"], np.eye(64))
+
+
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_scaled_fp8_weights_are_multiplied_by_their_scales(dtype, tmp_path):
     random = np.random.default_rng(0)
