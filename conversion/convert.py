@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import shutil
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +22,12 @@ from conversion.lora import LayerUpdates, open_loras, updated
 from conversion.rules import Rule, Table
 from conversion.safetensors_file import Tensor
 from conversion.sources import Part, Source, find_tokenizers, open_component, open_source
-from sd35flash_jax.checkpoint import DTYPES, StreamedArray, parameter_shapes, save_checkpoint
+from sd35flash_jax.checkpoint import DTYPES, StreamedArray, parameter_shapes, refuse_existing, save_checkpoint
 from sd35flash_jax.config import COMPONENTS, TEXT_ENCODERS, ModelConfig
 
 Shape = tuple[int, ...]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_HASHED_AT_ONCE = 2**24
 
 
 class ConversionError(ValueError):
@@ -71,15 +73,16 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-    overrides = {name: Path(path) for name, path in (components or {}).items()}
+    refuse_existing(Path(destination).expanduser())
+    overrides = {name: Path(path).expanduser() for name, path in (components or {}).items()}
     try:
-        main = open_source(Path(source), without=set(overrides))
+        main = open_source(Path(source).expanduser(), without=set(overrides))
         others = {name: open_component(path, name) for name, path in overrides.items()}
         parts = main.parts | {name: other.parts[name] for name, other in others.items()}
         parts = {name: parts[name] for name in COMPONENTS if name in parts}
         config = ModelConfig(**{name: part.config for name, part in parts.items()}, schedule=main.schedule)
         ModelConfig.from_json(config.to_json())  # refuses components that do not fit each other
-        found = find_tokenizers(Path(tokenizers), config.components) if tokenizers else main.tokenizers
+        found = find_tokenizers(Path(tokenizers).expanduser(), config.components) if tokenizers else main.tokenizers
         updates = open_loras(loras, config)
         plans = {
             name: _plan(name, config, part, np.dtype(dtype) if dtype else None, updates.get(name, {}))
@@ -97,14 +100,15 @@ def convert(
             stacklevel=2,
         )
     total = sum(_bytes(array) for plan in plans.values() for array in plan.values())
-    check_space(Path(destination), total)
+    check_space(Path(destination).expanduser(), total)
 
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar,
         ThreadPoolExecutor(1) as hasher,
     ):
         files = {file for opened in (main, *others.values()) for file in opened.files.values()}
-        hashes = {file: hasher.submit(_sha256, file) for file in sorted(files)}
+        stop = threading.Event()
+        hashes = {file: hasher.submit(_sha256, file, stop) for file in sorted(files)}
         arrays = {
             name: {param: _with_progress(array, bar) for param, array in plan.items()} for name, plan in plans.items()
         }
@@ -124,7 +128,7 @@ def convert(
                 destination, config, arrays, {name: found[name] for name in found if name in parts}, describe
             )
         except BaseException:
-            hasher.shutdown(wait=False, cancel_futures=True)
+            stop.set()
             raise
     return config
 
@@ -292,6 +296,9 @@ def check_space(destination: Path, needed: int) -> None:
         raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed")
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while not stop.is_set() and (block := stream.read(_HASHED_AT_ONCE)):
+            digest.update(block)
+    return digest.hexdigest()

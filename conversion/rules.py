@@ -39,9 +39,26 @@ JOIN = Transform(
 )
 """Vectors put end to end: the biases of a fused projection."""
 
+_ROWS_AT_ONCE = 32
+
+
+def transposed(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The transpose of matrices put end to end. A few rows at a time stay in the processor's cache, which makes it
+    several times as fast as NumPy's own copy of a transpose."""
+    rows = sum(len(array) for array in arrays)
+    result = np.empty((arrays[0].shape[1], rows), arrays[0].dtype)
+    column = 0
+    for array in arrays:
+        for start in range(0, len(array), _ROWS_AT_ONCE):
+            block = array[start : start + _ROWS_AT_ONCE]
+            result[:, column : column + len(block)] = block.T
+            column += len(block)
+    return result
+
+
 KERNEL = Transform(
-    lambda arrays: _joined(arrays).T,
-    lambda array, count: np.split(array.T, count),
+    transposed,
+    lambda array, count: np.split(transposed([array]), count),
     lambda shape, count: [(shape[1] // count, shape[0])] * count,
 )
 """Linear weights `(out, in)`, put end to end on their outputs, to one kernel `(in, out)`."""
@@ -73,8 +90,8 @@ SWAPPED_JOIN = Transform(
     lambda shape, count: [shape],
 )
 SWAPPED_KERNEL = Transform(
-    lambda arrays: swap_halves(arrays[0]).T,
-    lambda array, count: [swap_halves(array.T)],
+    lambda arrays: transposed(np.split(arrays[0], 2)[::-1]),
+    lambda array, count: [swap_halves(transposed([array]))],
     lambda shape, count: [shape[::-1]],
 )
 """Scale and shift stored in the other order: the final norm's modulation in the diffusers layout."""

@@ -224,16 +224,23 @@ class _StreamedArrayHandler(type_handlers.NumpyHandler):
         infos: Sequence[type_handlers.ParamInfo],
         args: Sequence[type_handlers.SaveArgs] | None = None,
     ) -> list[Any]:
+        # Nothing is awaited: an interrupt must not find a write of which only a closed event loop knows.
         for value, info in zip(values, infos):
-            store = None
-            for index, piece in value.pieces():
-                if store is None:
-                    store = await _create_zarr(info.path, value, () if index is ... else (1,))
-                await store[index].write(piece)
+            store = writing = None
+            try:
+                for index, piece in value.pieces():
+                    if store is None:
+                        store = _create_zarr(info.path, value, () if index is ... else (1,))
+                    if writing is not None:
+                        writing.result()  # One piece is written while the next is made ready.
+                    writing = store[index].write(piece, can_reference_source_data_indefinitely=True)
+            finally:
+                if writing is not None:
+                    writing.result()
         return []
 
 
-async def _create_zarr(path: Path, array: StreamedArray, leading_chunks: tuple[int, ...]) -> ts.TensorStore:
+def _create_zarr(path: Path, array: StreamedArray, leading_chunks: tuple[int, ...]) -> ts.TensorStore:
     chunks = (*leading_chunks, *array.shape[len(leading_chunks) :])
     spec = {
         "driver": "zarr",
@@ -243,7 +250,7 @@ async def _create_zarr(path: Path, array: StreamedArray, leading_chunks: tuple[i
         # A chunk that holds only zeros is written too: a file that is not there is then always a fault.
         "store_data_equal_to_fill_value": True,
     }
-    return await ts.open(spec, create=True)
+    return ts.open(spec, create=True).result()
 
 
 _STREAMING_REGISTRY = type_handlers.create_type_handler_registry(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed with one sentence, 2 usage, 130 interrupted."""
     options = _parser().parse_args(arguments)
     _show_warnings_plainly()
+    # To be terminated is to be interrupted: what is half written is taken back.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options.run(options)
         return 0
