@@ -31,7 +31,21 @@ LONGEST_MESSAGE = 20_000
 MOST_GROWTH_KIB = 400 * 1024
 
 NUMBERS = [None, True, -1, 0, 1, 3, 7, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63), 0.5, 1e308, float("nan")]
-TEXTS = ["", "x", "../x", "/etc/passwd", "a/../../b", "\x00", "\ud800", "é" * 300, "F32", "BF16", "F8_E4M3", "I64", "Q9"]
+TEXTS = [
+    "",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "a/../../b",
+    "\x00",
+    "\ud800",
+    "é" * 300,
+    "F32",
+    "BF16",
+    "F8_E4M3",
+    "I64",
+    "Q9",
+]
 OTHERS: list[Any] = [[], {}, [[]], [1, [2]], {"a": {"b": []}}, [0, 8], [8, 0], ["0", "8"]]
 VALUES = NUMBERS + TEXTS + OTHERS
 
@@ -94,7 +108,7 @@ def changed(data: Any, draw: random.Random) -> Any:
         return data | {key: changed(data[key], draw)}
     if isinstance(data, list) and data and draw.random() < 0.5:
         index = draw.randrange(len(data))
-        return data[:index] + [changed(data[index], draw)] + data[index + 1 :]
+        return [*data[:index], changed(data[index], draw), *data[index + 1 :]]
     return draw.choice(VALUES)
 
 
