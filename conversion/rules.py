@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import jax
 import numpy as np
 
 Shape = tuple[int, ...]
@@ -41,14 +40,21 @@ JOIN = Transform(
 """Vectors put end to end: the biases of a fused projection."""
 
 
+_ROWS_AT_ONCE = 16
+
+
 def transposed(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The transpose of matrices put end to end, as XLA makes it: several times as fast as NumPy. What is moved are
-    bits, since JAX would change some dtypes."""
-    joined = _joined(arrays)
-    if joined.dtype.itemsize > 4:
-        return np.ascontiguousarray(joined.T)
-    bits = np.ascontiguousarray(joined).view(f"u{joined.dtype.itemsize}")
-    return np.asarray(jax.device_put(bits.T, jax.devices("cpu")[0])).view(joined.dtype)
+    """The transpose of matrices put end to end. A few rows at a time stay in the processor's cache, which makes it
+    several times as fast as NumPy's own copy of a transpose."""
+    rows = sum(len(array) for array in arrays)
+    result = np.empty((arrays[0].shape[1], rows), arrays[0].dtype)
+    column = 0
+    for array in arrays:
+        for start in range(0, len(array), _ROWS_AT_ONCE):
+            block = array[start : start + _ROWS_AT_ONCE]
+            result[:, column : column + len(block)] = block.T
+            column += len(block)
+    return result
 
 
 KERNEL = Transform(
@@ -89,7 +95,7 @@ SWAPPED_KERNEL = Transform(
     lambda array, count: [swap_halves(transposed([array]))],
     lambda shape, count: [shape[::-1]],
 )
-"""Scale and shift stored in the other order: the final norm's modulation in the diffusers layout."""
+"""Scale and shift stored in the other order, bias and weight: the final norm's modulation in the diffusers layout."""
 
 
 def patch_kernel(patch: int, channels: int) -> Transform:

@@ -193,7 +193,8 @@ class FlashPipeline:
     def load_lora(self, path: str | os.PathLike, scale: float = 1.0) -> None:
         """Merge a LoRA into the loaded components, on top of those loaded before. Nothing recompiles.
 
-        The weights that it replaces are kept in host memory for `unload_lora`.
+        The weights that it replaces are kept in host memory for `unload_lora`. Interrupted while it merges, it unloads
+        every LoRA.
 
         Args:
             path: a safetensors file with the key names of diffusers, PEFT or kohya, or the folder of a PEFT adapter.
