@@ -8,10 +8,9 @@ import shutil
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from conversion.lora import LayerUpdates, open_loras, updated
 from conversion.rules import Rule, Table
 from conversion.safetensors_file import Tensor
 from conversion.sources import Part, Source, find_tokenizers, open_component, open_source
-from sd35flash_jax.checkpoint import DTYPES, Piece, StreamedArray, parameter_shapes, refuse_existing, save_checkpoint
+from sd35flash_jax.checkpoint import DTYPES, StreamedArray, parameter_shapes, refuse_existing, save_checkpoint
 from sd35flash_jax.config import COMPONENTS, TEXT_ENCODERS, ModelConfig
 
 Shape = tuple[int, ...]
@@ -107,10 +106,9 @@ def convert(
         tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar,
         ThreadPoolExecutor(1) as hasher,
     ):
-        # In the order in which the converter reads them, so that both find most of a file in memory together.
-        files = [file for part in parts.values() for file in sorted({tensor.file for tensor in part.tensors.values()})]
+        files = {file for opened in (main, *others.values()) for file in opened.files.values()}
         stop = threading.Event()
-        hashes = {file: hasher.submit(_sha256, file, stop) for file in dict.fromkeys(files)}
+        hashes = {file: hasher.submit(_sha256, file, stop) for file in sorted(files)}
         arrays = {
             name: {param: _with_progress(array, bar) for param, array in plan.items()} for name, plan in plans.items()
         }
@@ -169,7 +167,6 @@ class _Constant:
 
     array: np.ndarray
     is_fp8 = False
-    position = ("", 0)
 
     @property
     def dtype(self) -> np.dtype:
@@ -252,22 +249,21 @@ def _streamed(
     stored = {_kept_dtype(tensors[key]) for rule in rules for key in rule.sources}
     target = dtype or (stored.pop() if len(stored) == 1 else np.dtype(np.float32))
 
-    def read(rule: Rule) -> np.ndarray:
-        changed = rule.layer in updates
-        sources = [tensors[key].read().astype(np.float32 if changed else target, copy=False) for key in rule.sources]
-        piece = np.ascontiguousarray(rule.transform.forward(sources))
-        if changed:
-            piece = updated(piece, updates[rule.layer]).astype(target)
-        if not is_finite(piece):
-            at_fault = [key for key in rule.sources if not is_finite(tensors[key].read().astype(target))]
-            at_fault = at_fault or [f"{key} with its LoRA" for key in rule.sources]
-            raise ConversionError(f"{' and '.join(at_fault)} holds NaN or infinite weights; download it again")
-        return piece
+    def pieces() -> Iterator[tuple[Any, np.ndarray]]:
+        for rule in rules:
+            changed = rule.layer in updates
+            sources = [
+                tensors[key].read().astype(np.float32 if changed else target, copy=False) for key in rule.sources
+            ]
+            piece = np.ascontiguousarray(rule.transform.forward(sources))
+            if changed:
+                piece = updated(piece, updates[rule.layer]).astype(target)
+            if not is_finite(piece):
+                at_fault = [key for key in rule.sources if not is_finite(tensors[key].read().astype(target))]
+                at_fault = at_fault or [f"{key} with its LoRA" for key in rule.sources]
+                raise ConversionError(f"{' and '.join(at_fault)} holds NaN or infinite weights; download it again")
+            yield (... if rule.layer is None else rule.layer), piece
 
-    pieces = [
-        Piece(... if rule.layer is None else rule.layer, partial(read, rule), tensors[rule.sources[0]].position)
-        for rule in rules
-    ]
     return StreamedArray(shape, target, pieces)
 
 
@@ -279,12 +275,12 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def _with_progress(array: StreamedArray, bar: tqdm) -> StreamedArray:
-    def read(piece: Piece) -> np.ndarray:
-        made = piece.read()
-        bar.update(made.nbytes)
-        return made
+    def pieces() -> Iterator[tuple[Any, np.ndarray]]:
+        for index, piece in array.pieces():
+            yield index, piece
+            bar.update(piece.nbytes)
 
-    return replace(array, pieces=[replace(piece, read=partial(read, piece)) for piece in array.pieces])
+    return StreamedArray(array.shape, array.dtype, pieces)
 
 
 def _bytes(array: StreamedArray) -> int:

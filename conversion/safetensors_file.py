@@ -41,11 +41,6 @@ class Tensor:
         return math.prod(self.shape)
 
     @property
-    def position(self) -> tuple[str, int]:
-        """Where the tensor stands, to be read in the files' own order."""
-        return str(self.file), self.offset
-
-    @property
     def is_fp8(self) -> bool:
         return self.dtype == DTYPES["F8_E4M3"]
 

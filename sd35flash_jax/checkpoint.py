@@ -65,22 +65,15 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A layer of a parameter, at `index` of its leading axis, or the whole of it, at `...`. A component's pieces are
-    read in the order of their `position`, which is where they stand in the source."""
-
-    index: Any
-    read: Callable[[], np.ndarray]
-    position: tuple[str, int] = ("", 0)
-
-
-@dataclass(frozen=True)
 class StreamedArray:
-    """A parameter that is written piece by piece, so that it never stands in memory whole."""
+    """A parameter that is written piece by piece, so that it never stands in memory whole.
+
+    `pieces` yields each index along the leading axis with its array, or `...` with the whole array.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: Sequence[Piece]
+    pieces: Callable[[], Iterator[tuple[Any, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -231,21 +224,19 @@ class _StreamedArrayHandler(type_handlers.NumpyHandler):
         infos: Sequence[type_handlers.ParamInfo],
         args: Sequence[type_handlers.SaveArgs] | None = None,
     ) -> list[Any]:
-        pieces = [(piece, value, info.path) for value, info in zip(values, infos) for piece in value.pieces]
-        stores: dict[Path, ts.TensorStore] = {}
-        writing = None
         # Nothing is awaited: an interrupt must not find a write of which only a closed event loop knows.
-        try:
-            for piece, value, path in sorted(pieces, key=lambda item: item[0].position):
-                if path not in stores:
-                    stores[path] = _create_zarr(path, value, () if piece.index is ... else (1,))
-                array = piece.read()
+        for value, info in zip(values, infos):
+            store = writing = None
+            try:
+                for index, piece in value.pieces():
+                    if store is None:
+                        store = _create_zarr(info.path, value, () if index is ... else (1,))
+                    if writing is not None:
+                        writing.result()  # One piece is written while the next is made ready.
+                    writing = store[index].write(piece, can_reference_source_data_indefinitely=True)
+            finally:
                 if writing is not None:
-                    writing.result()  # One piece is written while the next is made ready.
-                writing = stores[path][piece.index].write(array, can_reference_source_data_indefinitely=True)
-        finally:
-            if writing is not None:
-                writing.result()
+                    writing.result()
         return []
 
 

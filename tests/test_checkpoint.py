@@ -11,7 +11,6 @@ import pytest
 from sd35flash_jax.checkpoint import (
     Checkpoint,
     CheckpointError,
-    Piece,
     StreamedArray,
     build_component,
     load_checkpoint,
@@ -21,12 +20,6 @@ from sd35flash_jax.checkpoint import (
 )
 from sd35flash_jax.config import ModelConfig
 from tests.tiny_model import CONFIG, random_parameters
-
-
-def streamed_array(array: np.ndarray, stacked: bool) -> StreamedArray:
-    parts = enumerate(array) if stacked else [(..., array)]
-    return StreamedArray(array.shape, array.dtype, [Piece(index, lambda part=part: part) for index, part in parts])
-
 
 CLIP = ModelConfig(clip_l=CONFIG.clip_l, clip_g=CONFIG.clip_g)
 
@@ -105,10 +98,12 @@ def test_bfloat16_weights_load_exactly_as_float32(tmp_path):
 
 def test_streamed_parameters_are_stored_as_whole_ones_are(clip_checkpoint, tmp_path):
     _, arrays = clip_checkpoint
-    components = {
-        name: {path: streamed_array(array, path.startswith("layers.")) for path, array in arrays[name].items()}
-        for name in arrays
-    }
+
+    def streamed(path: str, array: np.ndarray) -> StreamedArray:
+        stacked = path.startswith("layers.")
+        return StreamedArray(array.shape, array.dtype, lambda: iter(enumerate(array) if stacked else [(..., array)]))
+
+    components = {name: {path: streamed(path, array) for path, array in arrays[name].items()} for name in arrays}
     save_checkpoint(tmp_path / "checkpoint", CLIP, components)
     loaded = load_checkpoint(tmp_path / "checkpoint", dtype="float32")
     for name in CLIP.components:
@@ -116,29 +111,11 @@ def test_streamed_parameters_are_stored_as_whole_ones_are(clip_checkpoint, tmp_p
             np.testing.assert_array_equal(values(loaded, name)[path], array)
 
 
-def test_streamed_pieces_are_read_in_the_order_of_their_positions(tmp_path):
-    arrays = random_parameters("clip_l")
-    seen = []
-
-    def piece(path: str, index: int, array: np.ndarray, position: int) -> Piece:
-        return Piece(index, lambda: (seen.append((path, index)), array)[1], ("file", position))
-
-    def streamed(path: str, offset: int) -> StreamedArray:
-        array = arrays[path]
-        pieces = [piece(path, index, layer, offset + 10 * index) for index, layer in enumerate(array)]
-        return StreamedArray(array.shape, array.dtype, pieces)
-
-    paths = ["layers.linear_1.bias", "layers.attention_norm.scale"]
-    arrays |= {path: streamed(path, offset) for offset, path in enumerate(paths)}
-    save_checkpoint(tmp_path / "checkpoint", ModelConfig(clip_l=CONFIG.clip_l), {"clip_l": arrays})
-    assert seen == [(path, index) for index in range(CONFIG.clip_l.layers) for path in paths]
-
-
 def test_a_streamed_layer_of_zeros_has_its_file(tmp_path):
     config = ModelConfig(clip_l=CONFIG.clip_l)
     arrays = random_parameters("clip_l")
     zeros = np.zeros_like(arrays["layers.linear_1.bias"])
-    streamed = {"layers.linear_1.bias": streamed_array(zeros, stacked=True)}
+    streamed = {"layers.linear_1.bias": StreamedArray(zeros.shape, zeros.dtype, lambda: iter(enumerate(zeros)))}
     save_checkpoint(tmp_path / "checkpoint", config, {"clip_l": arrays | streamed})
     assert len(chunks(tmp_path / "checkpoint" / "clip_l", "layers.linear_1.bias")) == len(zeros)
     assert not values(load_checkpoint(tmp_path / "checkpoint"), "clip_l")["layers.linear_1.bias"].any()
