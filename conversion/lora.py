@@ -22,7 +22,7 @@ from safetensors import safe_open
 from conversion import diffusers_layout, single_file_layout
 from conversion.rules import Rule, Shape
 from conversion.safetensors_file import Tensor, open_safetensors
-from sd35flash_jax.checkpoint import abstract_component, parameters
+from sd35flash_jax.checkpoint import parameter_shapes
 from sd35flash_jax.config import ModelConfig, read_json
 
 PARTS = {
@@ -152,10 +152,7 @@ def open_lora(
         else:
             found[targets[module]][part] = key
 
-    shapes = {
-        name: {param: tuple(array.shape) for param, array in parameters(abstract_component(name, config)).items()}
-        for name in {target.component for target in found}
-    }
+    shapes = {name: parameter_shapes(name, config) for name in {target.component for target in found}}
     adapters = _adapters(file, tensors)
     updates: Updates = {}
     for target, keys in found.items():
