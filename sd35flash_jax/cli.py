@@ -1,12 +1,14 @@
 """The command line: parses, calls, prints. Results go to standard output, progress and messages to standard error."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sd35flash_jax.config import COMPONENTS
@@ -19,10 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed with one sentence, 2 usage, 130 interrupted."""
     options = _parser().parse_args(arguments)
     _show_warnings_plainly()
-    # To be terminated is to be interrupted: what is half written is taken back.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        options.run(options)
+        with _interruptible():
+            options.run(options)
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -43,6 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     print(f"sd35flash-jax: {message}", file=sys.stderr)
     return EXIT_FAILED
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM interrupts as SIGINT does, so that what is half written is taken back, and no interrupt is lost: Python
+    swallows an exception raised in a finalizer or a weak reference's callback, so that one is raised again."""
+
+    def interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            reported(unraisable)
+
+    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    reported, sys.unraisablehook = sys.unraisablehook, interrupt_again
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+        sys.unraisablehook = reported
 
 
 def _show_warnings_plainly() -> None:

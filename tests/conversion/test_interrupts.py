@@ -52,3 +52,26 @@ def test_a_stopped_conversion_leaves_the_destination_absent_or_whole(kind, folde
         if not whole:
             assert start(folder, room / "made").wait(timeout=120) == 0
         assert set(load_checkpoint(room / "made").components) == set(COMPONENTS)
+
+
+SWALLOWED = """
+import os, signal, sys, time
+from sd35flash_jax import cli
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+def convert(options):
+    Finalized()
+    time.sleep(30)
+
+cli._convert = convert
+sys.exit(cli.main(["convert", "source", "destination"]))
+"""
+
+
+def test_an_interrupt_that_python_swallows_in_a_finalizer_still_interrupts():
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=25)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
