@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from sd35flash_jax import sampling
+from sd35flash_jax import compilation, sampling
 from sd35flash_jax.checkpoint import load_checkpoint, parameters, read_config, with_parameters
 from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
 from sd35flash_jax.models.vae import VAE
@@ -90,7 +90,7 @@ class FlashPipeline:
         device: jax.Device | jax.sharding.Sharding | None = None,
         progress: bool = False,
     ) -> "FlashPipeline":
-        """Load a checkpoint directory.
+        """Load a checkpoint directory, and set up compilation as `sd35flash_jax.compilation` says.
 
         Args:
             path: what `sd35flash-jax convert` made.
@@ -108,6 +108,7 @@ class FlashPipeline:
         """
         if path is None:
             raise ValueError(NO_BUNDLED_MODEL)
+        compilation.configure()
         if isinstance(device, jax.sharding.Sharding) and not device.is_fully_replicated:
             raise ValueError(f"the pipeline runs on a device or on a sharding that replicates, not on {device}")
         text_encoders = (text_encoders,) if isinstance(text_encoders, str) else text_encoders
@@ -168,12 +169,7 @@ class FlashPipeline:
             )
             latents.block_until_ready()
         with clock.time("decode"):
-            pixels = np.asarray(self.decode(latents))
-        if not np.isfinite(pixels).all():
-            raise FloatingPointError(
-                "the image came out as NaN: try a smaller guidance or dtype float32, and check the checkpoint"
-            )
-        images = [Image.fromarray(image) for image in np.round(pixels * 255).astype(np.uint8)]
+            images = [Image.fromarray(image) for image in image_bytes(self.decode(latents))]
         shared = {
             "steps": str(len(levels) - 1),
             "sigmas": " ".join(f"{level:.9g}" for level in levels),
@@ -244,9 +240,13 @@ class FlashPipeline:
         if unread:
             raise ValueError(f"the checkpoint has no tokenizer for {', '.join(unread)}")
         counts = token_counts(self.config, self.max_t5_tokens)
-        tokens = tokenize({name: self.tokenizers[name] for name in encoders}, prompts, counts)
+        return self.encode_tokens(tokenize({name: self.tokenizers[name] for name in encoders}, prompts, counts))
+
+    def encode_tokens(self, tokens: Mapping[str, Int[np.ndarray, "b t"]]) -> Conditioning:
+        """Encode token ids of some of the text encoders; the others give zeros."""
+        encoders = {name: self._component(name) for name in tokens}
         with self._precision():
-            return encode_tokens(encoders, tokens, config=self.config, t5_tokens=self.max_t5_tokens)
+            return encode_tokens(encoders, dict(tokens), config=self.config, t5_tokens=self.max_t5_tokens)
 
     def noise(self, seed: int, batch: int, height: int, width: int) -> Float[Array, "b h w c"]:
         """Unit noise `(batch, height/8, width/8, 16)` float32; row i is the noise of `seed + i` in any batch.
@@ -390,6 +390,20 @@ class FlashPipeline:
         )
 
 
+def image_bytes(pixels: Float[Array, "b H W 3"]) -> UInt8[np.ndarray, "b H W 3"]:
+    """Pixels in [0, 1], rounded to bytes on their device and brought to the host.
+
+    Raises:
+        FloatingPointError: a pixel is NaN.
+    """
+    rounded, finite = jax.device_get(_round_to_bytes(pixels))
+    if not finite:
+        raise FloatingPointError(
+            "the image came out as NaN: try a smaller guidance or dtype float32, and check the checkpoint"
+        )
+    return rounded
+
+
 def check_request(
     config: ModelConfig,
     images: int,
@@ -463,6 +477,11 @@ def _noise(seeds: Int[Array, " b"], shape: tuple[int, int, int]) -> Float[Array,
 @jax.jit
 def _decode(vae: VAE, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
     return vae.decode(latents)
+
+
+@jax.jit
+def _round_to_bytes(pixels: Float[Array, "b H W 3"]) -> tuple[UInt8[Array, "b H W 3"], Bool[Array, ""]]:
+    return jnp.round(pixels * 255).astype(jnp.uint8), jnp.isfinite(pixels).all()
 
 
 @jax.jit

@@ -18,6 +18,15 @@ def pytest_report_header() -> str | None:
     return None if HAS_REFERENCE else "parity with the reference is not tested: the reference extra is not installed"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_compilation_cache() -> Iterator[None]:
+    """The user's own cache of compiled programs is neither read nor written, here or in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
+        jax.config.update("jax_enable_compilation_cache", False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint with random weights, made by this project alone. Read it only."""

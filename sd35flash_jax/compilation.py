@@ -1,0 +1,78 @@
+"""Compilation settings, all of them: XLA's flags for GPUs, and the cache of compiled programs between processes.
+
+`configure` is called where a pipeline is loaded, never on import, and whatever the user has set wins:
+
+- `XLA_FLAGS` keeps every flag it has; ours are put before them, and only those it does not name.
+- `JAX_COMPILATION_CACHE_DIR` (or `jax.config`) chooses another folder, `JAX_ENABLE_COMPILATION_CACHE=0` turns the cache
+  off, `JAX_COMPILATION_CACHE_MAX_SIZE` bounds it in bytes. Its folder can be deleted at any time.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import jax
+
+GPU_FLAGS: tuple[str, ...] = ()
+"""What XLA is told on NVIDIA GPUs, as `--xla_gpu_name=value`."""
+
+_ENABLED = "jax_enable_compilation_cache"
+_FOLDER = "jax_compilation_cache_dir"
+_MIN_COMPILE_TIME = "jax_persistent_cache_min_compile_time_secs"
+
+
+def configure() -> None:
+    """Set what the user has not: XLA's flags, if JAX has not started its backend yet, and the persistent cache."""
+    if GPU_FLAGS and _has_cuda_plugin():
+        os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), GPU_FLAGS)
+    _use_persistent_cache()
+
+
+def with_flags(own: str, flags: Sequence[str]) -> str:
+    """A user's XLA_FLAGS with those of `flags` added before them that they do not name themselves.
+
+    XLA reads XLA_FLAGS that do not begin with a dash as the name of a file of flags; such are left alone.
+    """
+    own = own.strip()
+    if own and not own.startswith("-"):
+        return own
+    named = {_flag_name(flag) for flag in own.split()}
+    return " ".join([*(flag for flag in flags if _flag_name(flag) not in named), *own.split()])
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept unless the user says otherwise.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sd35flash-jax" / "xla"
+
+
+def _flag_name(flag: str) -> str:
+    return flag.lstrip("-").split("=")[0]
+
+
+def _has_cuda_plugin() -> bool:
+    """Whether JAX for NVIDIA GPUs is installed. Elsewhere XLA may not know its flags, and an unknown one is fatal."""
+    return any(plugin.name.startswith("xla_cuda") for plugin in entry_points(group="jax_plugins"))
+
+
+def _use_persistent_cache() -> None:
+    if getattr(jax.config, _FOLDER) or not getattr(jax.config, _ENABLED):
+        return
+    try:
+        folder = cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):
+        writable = False
+    if not writable:
+        logging.getLogger(__name__).info("compiled programs are not kept: the cache folder cannot be written")
+        return
+    jax.config.update(_FOLDER, str(folder))
+    if _MIN_COMPILE_TIME.upper() not in os.environ and getattr(jax.config, _MIN_COMPILE_TIME) == 1.0:
+        jax.config.update(_MIN_COMPILE_TIME, 0.0)  # The many small programs of a first image add up too.
