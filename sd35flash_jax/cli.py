@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sd35flash_jax.config import COMPONENTS
+from sd35flash_jax.config import COMPONENTS, PRESETS
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -136,6 +136,22 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--height", type=int, default=256)
     parity.add_argument("--width", type=int, default=256)
     parity.add_argument("--seed", type=int, default=0)
+
+    benchmark = commands.add_parser(
+        "benchmark", help="measure speed and memory with random weights", formatter_class=_Defaults
+    )
+    benchmark.set_defaults(run=_benchmark)
+    benchmark.add_argument("--preset", choices=PRESETS, default="sd3.5-medium")
+    benchmark.add_argument("--sizes", type=int, nargs="+", default=[1024], metavar="PIXELS")
+    benchmark.add_argument("--batches", type=int, nargs="+", default=[1], metavar="IMAGES")
+    benchmark.add_argument("--items", nargs="+", metavar="ITEM", help="measure these alone; a wrong one lists them")
+    benchmark.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    benchmark.add_argument("--steps", type=int, default=4)
+    benchmark.add_argument("--repeats", type=int, default=20, help="timed runs of each item at most")
+    benchmark.add_argument("--seconds", type=float, default=5.0, help="after which no further run of an item starts")
+    benchmark.add_argument("--against", nargs="+", default=[], metavar="PEER", help="measure these too, for ratios")
+    benchmark.add_argument("--timeout", type=float, default=1800.0, help="seconds for each side in all")
+    benchmark.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for JSON, table and plot")
     return parser
 
 
@@ -268,6 +284,35 @@ def _parity(options: argparse.Namespace) -> None:
     failed = [row.item for row in rows if not row.passed]
     if failed:
         raise ValueError(f"beyond tolerance: {', '.join(failed)}")
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from benchmarks.cases import make_request
+    from benchmarks.plot import write_plot
+    from benchmarks.report import format_report
+    from benchmarks.run import benchmark
+
+    request = make_request(
+        PRESETS[options.preset],
+        options.sizes,
+        options.batches,
+        options.items,
+        options.dtype,
+        options.steps,
+        options.repeats,
+        options.seconds,
+    )
+    output: Path = options.output.expanduser()
+    report = benchmark(
+        request, options.against, output, options.timeout, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    table = format_report(report)
+    (output / "benchmark.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    try:
+        write_plot(report, output / "benchmark.png")
+    except ImportError:
+        warnings.warn("no plot was drawn: for matplotlib, pip install 'sd35flash-jax[benchmark]'", stacklevel=1)
 
 
 if __name__ == "__main__":

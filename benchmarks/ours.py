@@ -1,0 +1,153 @@
+"""This project's side of the benchmark, through its public interface."""
+
+import functools
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from benchmarks.cases import ITEMS, LOOP_STEPS, T5_TOKENS, TEXT_TOKENS, TIMESTEP, Case, Request, token_ids
+from benchmarks.machine import peak_resident_bytes, processor_name
+from benchmarks.timing import measure
+from sd35flash_jax import compilation
+from sd35flash_jax.checkpoint import abstract_component, parameters, with_parameters
+from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
+from sd35flash_jax.pipeline import DOWNSAMPLING, FlashPipeline, image_bytes
+from sd35flash_jax.text import Conditioning
+
+_GEMM_SIDES = {"cpu": 2048}
+_GEMM_SIDE = 8192
+_LARGE = 2**20
+_NEEDS = {name: (name,) for name in TEXT_ENCODERS} | {
+    "encode": TEXT_ENCODERS,
+    "evaluation": ("transformer",),
+    "step": ("transformer",),
+    "denoise": ("transformer",),
+    "decode": ("vae",),
+    "image": ("transformer", "vae"),
+    "prompt_to_pixels": ("transformer", "vae", *TEXT_ENCODERS),
+}
+
+
+class Ours:
+    """JAX on its default device. Programs are compiled anew: the persistent cache is off."""
+
+    items = tuple(ITEMS)
+
+    def __init__(self, request: Request):
+        compilation.configure()
+        jax.config.update("jax_enable_compilation_cache", False)
+        self.request = request
+        self._components: dict[str, nnx.Module] = {}
+
+    def about(self) -> dict[str, str]:
+        versions = {name: version(name) for name in ("sd35flash-jax", "jax", "jaxlib", "flax")}
+        device = jax.devices()[0]
+        name = processor_name() if device.platform == "cpu" else device.device_kind
+        return {"device": name, "platform": device.platform} | versions
+
+    def gemm(self) -> float:
+        side = _GEMM_SIDES.get(jax.default_backend(), _GEMM_SIDE)
+        matrices = [jax.random.normal(jax.random.key(i), (side, side), self.request.dtype) for i in range(2)]
+        multiply = jax.jit(jnp.matmul)
+        timing = measure(lambda: multiply(*matrices).block_until_ready(), self.request.repeats, self.request.seconds)
+        return 2 * side**3 / timing.median
+
+    def prepare(self, case: Case) -> Callable[[], Any]:
+        pipe = self._pipeline(_NEEDS[case.item])
+        run = self._call(case, pipe)
+        return lambda: jax.block_until_ready(run())
+
+    def peak_memory(self) -> int:
+        stats = jax.devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use") or peak_resident_bytes()
+
+    def _call(self, case: Case, pipe: FlashPipeline) -> Callable[[], Any]:
+        batch, steps = case.batch, self.request.steps
+        names = [name for name in _NEEDS[case.item] if name in TEXT_ENCODERS and name in pipe.components]
+        tokens = {name: token_ids(getattr(pipe.config, name), name, batch) for name in names}
+        if case.size is None:
+            return lambda: pipe.encode_tokens(tokens)
+        size = case.size
+        noise, conditioning = random_latents(pipe, batch, size), random_conditioning(pipe, batch)
+
+        def denoise(conditioning: Conditioning, steps: int = steps) -> Array:
+            return pipe.denoise(noise, conditioning, steps=steps)
+
+        calls: dict[str, Callable[[], Any]] = {
+            "evaluation": lambda: pipe.velocity(noise, TIMESTEP, conditioning),
+            "step": lambda: denoise(conditioning, LOOP_STEPS),
+            "denoise": lambda: denoise(conditioning),
+            "decode": lambda: pipe.decode(noise),
+            "image": lambda: pipe.decode(denoise(conditioning)),
+            "prompt_to_pixels": lambda: image_bytes(
+                pipe.decode(pipe.denoise(pipe.noise(0, batch, size, size), pipe.encode_tokens(tokens), steps=steps))
+            ),
+        }
+        return calls[case.item]
+
+    def _pipeline(self, names: tuple[str, ...]) -> FlashPipeline:
+        """A pipeline of the given components alone, each made when it is first needed."""
+        config = self.request.model
+        for name in names:
+            if name in config.components and name not in self._components:
+                self._components[name] = random_component(name, config, self.request.dtype)
+        used = {name: self._components[name] for name in names if name in self._components}
+        return FlashPipeline(config, used, {}, T5_TOKENS)
+
+
+def random_component(name: str, config: ModelConfig, dtype: str) -> nnx.Module:
+    """A component with random parameters: kernels scaled by their inputs, so that activations stay near one, the norms'
+    scales around one."""
+    module = abstract_component(name, config)
+    draw = np.random.default_rng(0)
+    made = {path: _random(path, array.shape, dtype, draw) for path, array in parameters(module).items()}
+    return with_parameters(module, jax.block_until_ready(made))
+
+
+def _random(path: str, shape: tuple[int, ...], dtype: str, draw: np.random.Generator) -> Array:
+    """Uniform values of one parameter. An accelerator makes large ones itself; small ones, of which there are many
+    shapes, come from the host, so that nothing is compiled for them."""
+    middle, deviation = (1.0 if path.endswith(".scale") else 0.0), 0.2
+    if path.endswith(".kernel"):
+        is_stacked = len(shape) in (3, 5)
+        deviation = float(np.prod(shape[is_stacked:-1])) ** -0.5
+    low, width = middle - deviation * 3**0.5, deviation * 2 * 3**0.5
+    if np.prod(shape) >= _LARGE and jax.default_backend() != "cpu":
+        return _random_on_device(jax.random.key(draw.integers(2**31)), shape, dtype, low, width)
+    values = draw.random(shape, np.float32)
+    values *= width
+    values += low
+    return jnp.asarray(values.astype(dtype, copy=False))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _random_on_device(key: Array, shape: tuple[int, ...], dtype: str, low: float, width: float) -> Array:
+    return (low + width * jax.random.uniform(key, shape, dtype)).astype(dtype)
+
+
+def random_latents(pipe: FlashPipeline, batch: int, size: int) -> Array:
+    """Unit noise as latents of square images."""
+    config = pipe.config.vae or pipe.config.transformer
+    assert config is not None
+    side = size // DOWNSAMPLING
+    return jax.random.normal(jax.random.key(2), (batch, side, side, config.latent_channels))
+
+
+def random_conditioning(pipe: FlashPipeline, batch: int) -> Conditioning:
+    config = pipe.config.transformer
+    assert config is not None
+    context, pooled = jax.random.split(jax.random.key(1))
+    return Conditioning(
+        jax.random.normal(context, (batch, TEXT_TOKENS, config.context_size), pipe.dtype),
+        jax.random.normal(pooled, (batch, config.pooled_size), pipe.dtype),
+    )
+
+
+def open_side(request: Request) -> Ours:
+    return Ours(request)
