@@ -1,7 +1,6 @@
 """The converter: reads a source's headers, checks that a table accounts for every tensor and every parameter, and
 streams the tensors one by one into a checkpoint."""
 
-import hashlib
 import math
 import os
 import shutil
@@ -9,7 +8,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from tqdm import tqdm
 from conversion.lora import LayerUpdates, open_loras, updated
 from conversion.rules import Rule, Table
 from conversion.safetensors_file import Tensor
-from conversion.sources import Part, Source, find_tokenizers, open_component, open_source
+from conversion.sources import Part, Source, find_tokenizers, open_component, open_source, sha256
 from sd35flash_jax.checkpoint import DTYPES, StreamedArray, parameter_shapes, refuse_existing, save_checkpoint
 from sd35flash_jax.config import COMPONENTS, TEXT_ENCODERS, ModelConfig
 
 Shape = tuple[int, ...]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_HASHED_AT_ONCE = 2**24
+_TESTED_AT_ONCE = 2**16
 
 
 class ConversionError(ValueError):
@@ -106,16 +105,22 @@ def convert(
         tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar,
         ThreadPoolExecutor(1) as hasher,
     ):
-        files = {file for opened in (main, *others.values()) for file in opened.files.values()}
         stop = threading.Event()
-        hashes = {file: hasher.submit(_sha256, file, stop) for file in sorted(files)}
+
+        def unless_stopped(_: int) -> None:
+            if stop.is_set():
+                raise CancelledError
+
+        # Component by component, as they are converted: what one thread has read, the other finds in memory.
+        files = dict.fromkeys(tensor.file for part in parts.values() for tensor in part.tensors.values())
+        hashes = {file: hasher.submit(sha256, file, unless_stopped) for file in files}
         arrays = {
             name: {param: _with_progress(array, bar) for param, array in plan.items()} for name, plan in plans.items()
         }
 
         def describe_one(opened: Source) -> dict[str, Any]:
-            sha256 = {name: hashes[file].result() for name, file in opened.files.items()}
-            return {"layout": opened.layout, "name": opened.path.resolve().name, "sha256": sha256}
+            digests = {name: hashes[file].result() for name, file in opened.files.items()}
+            return {"layout": opened.layout, "name": opened.path.resolve().name, "sha256": digests}
 
         def describe() -> dict[str, Any]:
             elsewhere = {name: describe_one(other) for name, other in others.items()}
@@ -268,10 +273,16 @@ def _streamed(
 
 
 def is_finite(array: np.ndarray) -> bool:
-    if array.dtype == BFLOAT16:
+    flat = array.reshape(-1)
+    blocks = (flat[start : start + _TESTED_AT_ONCE] for start in range(0, flat.size, _TESTED_AT_ONCE))
+    return all(map(_is_finite, blocks))  # a block and what is computed of it stay in the processor's cache
+
+
+def _is_finite(block: np.ndarray) -> bool:
+    if block.dtype == BFLOAT16:
         # NumPy's own test is slow for bfloat16; an exponent of all ones marks NaN and infinity.
-        return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(array).all())
+        return bool((block.view(np.uint16) & 0x7F80).max() < 0x7F80)
+    return bool(np.isfinite(block).all())
 
 
 def _with_progress(array: StreamedArray, bar: tqdm) -> StreamedArray:
@@ -294,11 +305,3 @@ def check_space(destination: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed")
-
-
-def _sha256(file: Path, stop: threading.Event) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while not stop.is_set() and (block := stream.read(_HASHED_AT_ONCE)):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """What a checkpoint or an unconverted source holds: components, tensors, memory, origin."""
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections import Counter
@@ -11,11 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from conversion.sources import open_source
+from conversion.sources import open_source, sha256
 from sd35flash_jax.checkpoint import DTYPES, open_stored, read_config, read_origin
 from sd35flash_jax.config import PRESETS, ModelConfig
-
-_HASHED_AT_ONCE = 2**24
 
 
 def describe(path: str | os.PathLike, progress: bool = False) -> dict[str, Any]:
@@ -101,14 +98,6 @@ def _origin_lines(origin: Any) -> list[str]:
 
 
 def _hashes(files: dict[str, Path], progress: bool) -> dict[str, str]:
-    digests = {}
     total = sum(file.stat().st_size for file in files.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=not progress) as bar:
-        for name, file in files.items():
-            digest = hashlib.sha256()
-            with open(file, "rb") as stream:
-                while block := stream.read(_HASHED_AT_ONCE):
-                    digest.update(block)
-                    bar.update(len(block))
-            digests[name] = digest.hexdigest()
-    return digests
+        return {name: sha256(file, bar.update) for name, file in files.items()}

@@ -40,21 +40,30 @@ JOIN = Transform(
 """Vectors put end to end: the biases of a fused projection."""
 
 
-_ROWS_AT_ONCE = 16
+_ROWS_AT_ONCE = 64
+_PADDING = 64  # bytes
 
 
 def transposed(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The transpose of matrices put end to end. A few rows at a time stay in the processor's cache, which makes it
-    several times as fast as NumPy's own copy of a transpose."""
-    rows = sum(len(array) for array in arrays)
-    result = np.empty((arrays[0].shape[1], rows), arrays[0].dtype)
+    """The transpose of matrices put end to end.
+
+    NumPy copies a transpose line by line, which is slow where the lines fall into the same few sets of the processor's
+    cache, as those of a width of 4096 do. So a few rows at a time are first copied to rows of an odd length; and as
+    plain integers, which NumPy moves faster than the dtypes of ml_dtypes.
+    """
+    rows, columns = sum(len(array) for array in arrays), arrays[0].shape[1]
+    dtype = arrays[0].dtype
+    plain = np.dtype(f"u{dtype.itemsize}")
+    result = np.empty((columns, rows), plain)
+    panel = np.empty((_ROWS_AT_ONCE, columns + _PADDING // plain.itemsize), plain)[:, :columns]
     column = 0
     for array in arrays:
         for start in range(0, len(array), _ROWS_AT_ONCE):
-            block = array[start : start + _ROWS_AT_ONCE]
-            result[:, column : column + len(block)] = block.T
+            block = array[start : start + _ROWS_AT_ONCE].view(plain)
+            panel[: len(block)] = block
+            result[:, column : column + len(block)] = panel[: len(block)].T
             column += len(block)
-    return result
+    return result.view(dtype)
 
 
 KERNEL = Transform(

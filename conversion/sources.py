@@ -1,7 +1,8 @@
 """What can be converted: a diffusers folder, or Stability's files, opened as configurations and named tensors."""
 
+import hashlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,20 @@ def find_tokenizers(folder: Path, components: Collection[str]) -> dict[str, Path
                 raise ValueError(f"{folder} holds no tokenizer for {name}, neither {subs[0]}/ nor {subs[1]}/")
             found[name] = there[0]
     return found
+
+
+_HASHED_AT_ONCE = 2**20
+
+
+def sha256(file: Path, after_block: Callable[[int], object]) -> str:
+    """The SHA-256 of a file; `after_block` is called with the length of each block that has been read."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(_HASHED_AT_ONCE))
+    with open(file, "rb", buffering=0) as stream:
+        while length := stream.readinto(block):
+            digest.update(block[:length])
+            after_block(length)
+    return digest.hexdigest()
 
 
 def _json_object(path: Path) -> dict[str, Any]:

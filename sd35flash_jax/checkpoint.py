@@ -10,6 +10,7 @@ zarr reads a missing chunk as zeros.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,6 +34,7 @@ from tqdm import tqdm
 
 from sd35flash_jax.config import COMPONENTS, ModelConfig, read_json
 from sd35flash_jax.models.clip import CLIPTextEncoder
+from sd35flash_jax.models.layers import unstacked
 from sd35flash_jax.models.mmdit import MMDiT
 from sd35flash_jax.models.t5 import T5Encoder
 from sd35flash_jax.models.vae import VAE
@@ -90,9 +93,10 @@ def build_component(name: str, config: ModelConfig, seed: int = 0) -> nnx.Module
     return _MODULES[name](getattr(config, name), rngs=nnx.Rngs(seed))
 
 
-def abstract_component(name: str, config: ModelConfig) -> nnx.Module:
-    """The component with shapes in place of parameters; nothing is allocated."""
-    return nnx.eval_shape(partial(build_component, name, config))
+def abstract_component(name: str, config: ModelConfig, stacked: bool = True) -> nnx.Module:
+    """The component with shapes in place of parameters; nothing is allocated. Its blocks are stacks or lists."""
+    module = nnx.eval_shape(partial(build_component, name, config))
+    return module if stacked else unstacked(module)
 
 
 def parameters(module: nnx.Module) -> dict[str, Any]:
@@ -114,6 +118,21 @@ def with_parameters(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def own_path(module: nnx.Module, param: str, layer: int | None) -> tuple[str, int | None]:
+    """Where a module has a layer of a stacked parameter: in its stack, or as a parameter of its own in a list."""
+    stack, _, rest = param.partition(".")
+    if layer is not None and isinstance(getattr(module, stack), nnx.List):
+        return f"{stack}.{layer}.{rest}", None
+    return param, layer
+
+
+def _stored_path(module: nnx.Module, path: Sequence[Any]) -> tuple[str, int | None]:
+    """The way back: the parameter that a path of a module is stored in, and its layer if it has one of its own."""
+    if path[0] in module.STACKS and isinstance(getattr(module, path[0]), nnx.List):
+        return _dotted((path[0], *path[2:])), int(path[1])
+    return _dotted(path), None
 
 
 def _dotted(path: Sequence[Any]) -> str:
@@ -153,7 +172,7 @@ def save_checkpoint(
         for name, tokenizer in (tokenizers or {}).items():
             _copy_tokenizer(tokenizer, folder / "tokenizers" / name)
         for name, component in components.items():
-            arrays = parameters(component) if isinstance(component, nnx.Module) else dict(component)
+            arrays = _stored_arrays(component) if isinstance(component, nnx.Module) else dict(component)
             handler = ocp.PyTreeCheckpointHandler(
                 use_ocdbt=False, use_compression=False, type_handler_registry=_STREAMING_REGISTRY
             )
@@ -167,6 +186,26 @@ def save_checkpoint(
             "files": _file_sizes(folder),
         }
         (folder / "config.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+
+
+def _stored_arrays(module: nnx.Module) -> dict[str, Any]:
+    """A module's parameters as they are stored, stacks of layers as one."""
+    arrays: dict[str, Any] = {}
+    layers: dict[str, dict[int, jax.Array]] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        param, layer = _stored_path(module, path)
+        if layer is None:
+            arrays[param] = variable.get_value()
+        else:
+            layers.setdefault(param, {})[layer] = variable.get_value()
+    return arrays | {
+        param: StreamedArray((len(own), *own[0].shape), np.dtype(own[0].dtype), partial(_pieces, own))
+        for param, own in layers.items()
+    }
+
+
+def _pieces(layers: Mapping[int, jax.Array]) -> Iterator[tuple[Any, np.ndarray]]:
+    return ((index, np.asarray(layer)) for index, layer in layers.items())
 
 
 @contextlib.contextmanager
@@ -188,8 +227,8 @@ def written_whole(destination: Path) -> Iterator[Path]:
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" in str(error):  # TensorStore's name for a full disk.
-            raise OSError(f"{destination.absolute().parent} has no space left for the checkpoint") from error
+        if getattr(error, "errno", None) == errno.ENOSPC or "RESOURCE_EXHAUSTED" in str(error):  # TensorStore's name
+            raise OSError(f"{destination.absolute().parent} has no space left for {destination.name}") from error
         raise
 
 
@@ -216,7 +255,11 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 
 class _StreamedArrayHandler(type_handlers.NumpyHandler):
-    """Lets Orbax save `StreamedArray`s: each piece is one zarr chunk, read, written and dropped in turn."""
+    """Lets Orbax save `StreamedArray`s: each piece is one zarr chunk, read, written and dropped in turn.
+
+    TensorStore makes the arrays; their chunks, which hold nothing but the bytes of a piece, are written without it,
+    because it copies each twice on the way.
+    """
 
     async def serialize(
         self,
@@ -225,32 +268,38 @@ class _StreamedArrayHandler(type_handlers.NumpyHandler):
         args: Sequence[type_handlers.SaveArgs] | None = None,
     ) -> list[Any]:
         # Nothing is awaited: an interrupt must not find a write of which only a closed event loop knows.
-        for value, info in zip(values, infos):
-            store = writing = None
-            try:
-                for index, piece in value.pieces():
-                    if store is None:
-                        store = _create_zarr(info.path, value, () if index is ... else (1,))
+        with ThreadPoolExecutor(1) as writer:
+            writing: Future[None] | None = None
+            for value, info in zip(values, infos):
+                for number, (index, piece) in enumerate(value.pieces()):
+                    chunks = value.shape if index is ... else (1, *value.shape[1:])
+                    if number == 0:
+                        _create_zarr(info.path, value, chunks)
+                    key = ".".join(map(str, (0 if index is ... else index, *[0] * (len(chunks) - 1))))
                     if writing is not None:
                         writing.result()  # One piece is written while the next is made ready.
-                    writing = store[index].write(piece, can_reference_source_data_indefinitely=True)
-            finally:
-                if writing is not None:
-                    writing.result()
+                    writing = writer.submit(_write_chunk, info.path / key, piece.reshape(chunks), value.dtype)
+            if writing is not None:
+                writing.result()
         return []
 
 
-def _create_zarr(path: Path, array: StreamedArray, leading_chunks: tuple[int, ...]) -> ts.TensorStore:
-    chunks = (*leading_chunks, *array.shape[len(leading_chunks) :])
+def _create_zarr(path: Path, array: StreamedArray, chunks: tuple[int, ...]) -> None:
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": str(path)},
         "metadata": {"shape": array.shape, "chunks": chunks, "compressor": None},
         "dtype": array.dtype.name,
-        # A chunk that holds only zeros is written too: a file that is not there is then always a fault.
-        "store_data_equal_to_fill_value": True,
     }
-    return ts.open(spec, create=True).result()
+    ts.open(spec, create=True).result()
+
+
+def _write_chunk(file: Path, chunk: np.ndarray, dtype: np.dtype) -> None:
+    """Write a chunk of an uncompressed zarr array to the disk, and not only to the system's cache of it."""
+    with open(file, "xb") as stream:
+        stream.write(np.ascontiguousarray(chunk, dtype).reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 _STREAMING_REGISTRY = type_handlers.create_type_handler_registry(
@@ -293,6 +342,7 @@ def load_checkpoint(
     dtype: str = "bfloat16",
     device: jax.Device | jax.sharding.Sharding | None = None,
     progress: bool = False,
+    stacked: bool = True,
 ) -> Checkpoint:
     """Restore components of a checkpoint, each parameter straight to its dtype and device.
 
@@ -302,6 +352,7 @@ def load_checkpoint(
         dtype: "bfloat16" or "float32", for parameters and arithmetic.
         device: the device or sharding for every parameter; JAX's default device unless given.
         progress: show a bar on standard error.
+        stacked: equal blocks as stacks, which compile fast, or as lists, which run faster on a GPU.
 
     Raises:
         CheckpointError: no checkpoint is there, a file is missing or truncated, or a component was asked for that
@@ -320,7 +371,7 @@ def load_checkpoint(
         )
     _check_files(folder, wanted)
     sharding = jax.device_put(0, device).sharding  # what JAX makes of a device, a sharding, or its default
-    modules = {name: abstract_component(name, config) for name in wanted}
+    modules = {name: abstract_component(name, config, stacked) for name in wanted}
     total = sum(array.size * np.dtype(dtype).itemsize for m in modules.values() for array in parameters(m).values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
         restored = {
@@ -386,10 +437,15 @@ def _restore(
     folder: Path, module: nnx.Module, dtype: np.dtype, sharding: jax.sharding.Sharding, bar: tqdm
 ) -> nnx.Module:
     graph, state = nnx.split(module)
+    stores: dict[str, ts.TensorStore] = {}
     filled = []
     for path, variable in nnx.to_flat_state(state):
         shape = variable.get_value().shape
-        store = _open_zarr(folder / _dotted(path), shape)
+        param, layer = _stored_path(module, path)
+        if param not in stores:
+            count = () if layer is None else (len(getattr(module, path[0])),)
+            stores[param] = _open_zarr(folder / param, (*count, *shape))
+        store = stores[param] if layer is None else stores[param][layer]
         array = jax.make_array_from_callback(shape, sharding, partial(_read_zarr, store, dtype))
         filled.append((path, variable.replace(array)))
         bar.update(array.nbytes)

@@ -1,3 +1,4 @@
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -54,6 +55,25 @@ def test_backward_undoes_forward_bit_by_bit(case, dtype, seed):
     for mine, source in zip(again, sources, strict=True):
         assert mine.dtype == dtype
         np.testing.assert_array_equal(mine, source)
+
+
+@given(
+    st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    st.integers(1, 150),
+    st.sampled_from([ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16, np.float32, np.float64]),
+    st.booleans(),
+)
+def test_transposition_is_numpys_own_bit_by_bit(heights, width, dtype, strided):
+    size = np.dtype(dtype).itemsize
+    step = 2 if strided else 1
+    random = np.random.default_rng(width)
+    # Any bits, those of NaN too, since nothing may depend on what they mean.
+    arrays = [
+        random.integers(0, 256, (height, step * width * size), np.uint8).view(dtype)[:, ::step] for height in heights
+    ]
+    result = rules.transposed(arrays)
+    assert result.dtype == dtype
+    assert result.tobytes() == np.concatenate(arrays).T.tobytes()
 
 
 def test_a_kernel_multiplies_as_the_linear_layers_it_joins():

@@ -1,0 +1,85 @@
+"""Stage (a), trajectory guidance: the student learns to jump between points of the teacher's guided trajectory.
+
+Source: SD3.5-Flash (arXiv 2509.21318); the straight jump between two points of an ODE's trajectory is that of
+rectified flow (arXiv 2209.03003) and of its piecewise form (PeRFlow, arXiv 2405.07510).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sd35flash_jax.distill.flow import Velocity, evaluate, move, per_row
+
+
+def teacher_sigmas(student: np.ndarray, teacher: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's noise levels with the student's among them.
+
+    Args:
+        student: `(student steps + 1,)`, falling to 0.
+        teacher: `(teacher steps + 1,)`, falling to 0.
+
+    Returns:
+        All levels that are in either, falling, and the index of each of the student's levels in them.
+    """
+    levels = np.union1d(student, teacher).astype(np.float32)[::-1]
+    return levels, np.searchsorted(-levels, -np.asarray(student, np.float32))
+
+
+def synthesize_trajectory(
+    teacher: Velocity,
+    noise: Float[Array, "b ..."],
+    sigmas: Float[Array, " n+1"],
+    indices: Int[np.ndarray, " k+1"],
+    conditioning: Any,
+) -> Float[Array, "k+1 b ..."]:
+    """The teacher's trajectory by `n` Euler steps, at the student's levels alone.
+
+        x_(i+1) = x_i + (sigma_(i+1) - sigma_i) v_teacher(x_i, sigma_i)
+
+    Args:
+        teacher: the teacher's velocity, guided where guidance is wanted.
+        noise: the first point, at `sigmas[0]`.
+        sigmas: the teacher's levels, as `teacher_sigmas` gives them.
+        indices: which of them are the student's.
+        conditioning: of the teacher.
+    """
+
+    def step(latents: Array, level: tuple[Array, Array]) -> tuple[Array, None]:
+        sigma, following = level
+        return move(latents, evaluate(teacher, latents, sigma, conditioning), sigma, following), None
+
+    sigmas = jnp.asarray(sigmas)
+    points = [noise]
+    for start, stop in zip(indices, indices[1:]):
+        segment = (sigmas[start:stop], sigmas[start + 1 : stop + 1])
+        points.append(jax.lax.scan(step, points[-1], segment)[0])
+    return jnp.stack(points)
+
+
+def trajectory_guidance_loss(
+    student: Velocity,
+    trajectory: Float[Array, "k+1 b ..."],
+    sigmas: Float[Array, " k+1"],
+    index: Int[Array, " b"],
+    conditioning: Any,
+) -> Float[Array, ""]:
+    """The student's velocity at a teacher's point is the straight line to the teacher's next point.
+
+        L = E | v_student(x_k, sigma_k) - (x_(k+1) - x_k) / (sigma_(k+1) - sigma_k) |^2
+
+    Args:
+        student: the student's velocity.
+        trajectory: the teacher's points at `sigmas`; a constant.
+        sigmas: the student's levels, falling to 0.
+        index: which step `k` each row of the batch learns.
+        conditioning: of the student.
+    """
+    sigmas = jnp.asarray(sigmas)
+    rows = jnp.arange(trajectory.shape[1])
+    here, there = trajectory[index, rows], trajectory[index + 1, rows]
+    chord = (there - here) / per_row(sigmas[index + 1] - sigmas[index], here)
+    error = evaluate(student, here, sigmas[index], conditioning) - jax.lax.stop_gradient(chord)
+    return jnp.mean(jnp.square(error))
