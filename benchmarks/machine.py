@@ -1,9 +1,22 @@
 """What the machine is, and how much of its memory this process has taken."""
 
+import contextlib
 import os
 import resource
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import jax
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those packages that are installed; one run from its source tree is not."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def processor_name() -> str:
@@ -19,3 +32,15 @@ def peak_resident_bytes() -> int:
     """The most memory that this process has held, loaded libraries included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def jax_device_name() -> str:
+    """The name of JAX's default device."""
+    device = jax.devices()[0]
+    return processor_name() if device.platform == "cpu" else device.device_kind
+
+
+def jax_peak_bytes() -> int:
+    """The most of its memory that JAX has held on its default device, or the process where the device does not say."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or peak_resident_bytes()

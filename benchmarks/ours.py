@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from benchmarks.cases import ITEMS, LOOP_STEPS, T5_TOKENS, TEXT_TOKENS, TIMESTEP, Case, Request, token_ids
-from benchmarks.machine import peak_resident_bytes, processor_name
+from benchmarks.machine import jax_device_name, jax_peak_bytes, versions
 from benchmarks.timing import measure
 from sd35flash_jax import compilation
 from sd35flash_jax.checkpoint import abstract_component, parameters, with_parameters
@@ -46,10 +45,8 @@ class Ours:
         self._components: dict[str, nnx.Module] = {}
 
     def about(self) -> dict[str, str]:
-        versions = {name: version(name) for name in ("sd35flash-jax", "jax", "jaxlib", "flax")}
-        device = jax.devices()[0]
-        name = processor_name() if device.platform == "cpu" else device.device_kind
-        return {"device": name, "platform": device.platform} | versions
+        found = versions("sd35flash-jax", "jax", "jaxlib", "flax")
+        return {"device": jax_device_name(), "platform": jax.default_backend()} | found
 
     def gemm(self) -> float:
         side = _GEMM_SIDES.get(jax.default_backend(), _GEMM_SIDE)
@@ -64,8 +61,7 @@ class Ours:
         return lambda: jax.block_until_ready(run())
 
     def peak_memory(self) -> int:
-        stats = jax.devices()[0].memory_stats() or {}
-        return stats.get("peak_bytes_in_use") or peak_resident_bytes()
+        return jax_peak_bytes()
 
     def _call(self, case: Case, pipe: FlashPipeline) -> Callable[[], Any]:
         batch, steps = case.batch, self.request.steps
@@ -104,7 +100,7 @@ class Ours:
 def random_component(name: str, config: ModelConfig, dtype: str) -> nnx.Module:
     """A component with random parameters: kernels scaled by their inputs, so that activations stay near one, the norms'
     scales around one."""
-    module = abstract_component(name, config)
+    module = abstract_component(name, config, stacked=jax.default_backend() != "gpu")
     draw = np.random.default_rng(0)
     made = {path: _random(path, array.shape, dtype, draw) for path, array in parameters(module).items()}
     return with_parameters(module, jax.block_until_ready(made))
