@@ -17,7 +17,6 @@ import pytest
 from sd35flash_jax import Conditioning
 from sd35flash_jax.checkpoint import abstract_component
 from sd35flash_jax.config import PRESETS
-from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.sampling import STEP_CAPACITY, euler_steps
 
 pytestmark = pytest.mark.slow
@@ -80,7 +79,7 @@ def test_the_sampling_program_of_sd35_medium_compiles_within_ten_seconds(side, d
     conditioning = Conditioning(shaped(1, 333, 4096, dtype=dtype), shaped(1, 2048, dtype=dtype))
     latents, sigmas, index = shaped(1, side, side, 16), shaped(STEP_CAPACITY), shaped(dtype="int32")
     start = time.perf_counter()
-    lowered = euler_steps.lower(Frozen(transformer), latents, sigmas, index, index, (conditioning, conditioning), shaped())
+    lowered = euler_steps.lower(transformer, latents, sigmas, index, index, (conditioning, conditioning), shaped())
     lowered.compile()
     seconds = time.perf_counter() - start
     print(f"sampling program, {8 * side} px, {jnp.dtype(dtype).name}: traced and compiled in {seconds:.1f} s")
