@@ -15,8 +15,16 @@ from pathlib import Path
 
 import jax
 
-GPU_FLAGS: tuple[str, ...] = ()
-"""What XLA is told on NVIDIA GPUs, as `--xla_gpu_name=value`."""
+GPU_FLAGS: tuple[str, ...] = (
+    # cuBLASLt for every matrix product: it takes bias, GELU and sum into the product, and needs no kernels compiled.
+    "--xla_gpu_enable_triton_gemm=false",
+    # No joining of products of one operand: at one row it copies the weights, which costs more than it saves.
+    "--xla_gpu_dot_merger_threshold_mb=0",
+    # Independent kernels, such as the two streams', run side by side in a CUDA graph.
+    "--xla_gpu_graph_enable_concurrent_region=true",
+    "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
+)
+"""What XLA is told on NVIDIA GPUs; `docs/performance.md` says what each gives."""
 
 _ENABLED = "jax_enable_compilation_cache"
 _FOLDER = "jax_compilation_cache_dir"

@@ -20,8 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd35flash_jax import compilation, sampling
-from sd35flash_jax.checkpoint import load_checkpoint, parameters, read_config, with_parameters
+from sd35flash_jax.checkpoint import load_checkpoint, own_path, parameters, read_config, with_parameters
 from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
+from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.models.vae import VAE
 from sd35flash_jax.schedule import choose_sigmas
 from sd35flash_jax.text import Conditioning, encode_tokens, load_tokenizer, token_counts, tokenize
@@ -75,6 +76,7 @@ class FlashPipeline:
         self.max_t5_tokens = max_t5_tokens
         self.loras: list[tuple[str, float]] = []
         self._originals: dict[str, dict[str, np.ndarray]] = {}
+        self._frozen_components: dict[str, tuple[nnx.Module, Frozen]] = {}
         parameter = jax.tree.leaves(self.components)[0]
         self.dtype = parameter.dtype.name
         # Inputs are put where the parameters are: JAX compiles anew for an array it may place as it likes.
@@ -118,7 +120,8 @@ class FlashPipeline:
         present = read_config(path).components
         wanted = [name for name in present if name not in TEXT_ENCODERS]
         wanted += [name for name in present if name in TEXT_ENCODERS] if text_encoders is None else text_encoders
-        checkpoint = load_checkpoint(path, wanted, dtype, device, progress)
+        stacked = jax.device_put(0, device).sharding.device_set.pop().platform != "gpu"
+        checkpoint = load_checkpoint(path, wanted, dtype, device, progress, stacked)
         tokenizers = {name: load_tokenizer(name, folder) for name, folder in checkpoint.tokenizers.items()}
         return cls(checkpoint.config, checkpoint.components, tokenizers, max_t5_tokens)
 
@@ -207,9 +210,15 @@ class FlashPipeline:
         try:
             for name, params in updates.items():
                 for param, layers in params.items():
-                    current = np.asarray(parameters(self.components[name])[param])
-                    self._originals.setdefault(name, {}).setdefault(param, current)
-                    self._put(name, param, merged(current, layers))
+                    module = self.components[name]
+                    places: dict[str, dict[int | None, list]] = {}
+                    for layer, found in layers.items():
+                        own, index = own_path(module, param, layer)
+                        places.setdefault(own, {})[index] = found
+                    present = parameters(module)
+                    arrays = {own: np.asarray(present[own]) for own in places}
+                    self._originals[name] = arrays | self._originals.get(name, {})
+                    self._put(name, {own: merged(array, places[own]) for own, array in arrays.items()})
         except BaseException:
             self.unload_lora()  # Half a LoRA is worse than none.
             raise
@@ -217,8 +226,7 @@ class FlashPipeline:
     def unload_lora(self) -> None:
         """Put back every weight that LoRAs have replaced, bit for bit."""
         for name, arrays in self._originals.items():
-            for param, array in arrays.items():
-                self._put(name, param, array)
+            self._put(name, arrays)
         self._originals.clear()
         self.loras.clear()
 
@@ -244,7 +252,7 @@ class FlashPipeline:
 
     def encode_tokens(self, tokens: Mapping[str, Int[np.ndarray, "b t"]]) -> Conditioning:
         """Encode token ids of some of the text encoders; the others give zeros."""
-        encoders = {name: self._component(name) for name in tokens}
+        encoders = {name: self._frozen(name) for name in tokens}
         with self._precision():
             return encode_tokens(encoders, dict(tokens), config=self.config, t5_tokens=self.max_t5_tokens)
 
@@ -299,7 +307,13 @@ class FlashPipeline:
             )
         with self._precision(), tqdm(total=len(levels) - 1, desc="denoising", disable=not progress) as bar:
             return sampling.denoise(
-                transformer, latents, conditioning, negative, levels, guidance, bar.update if progress else None
+                self._frozen("transformer"),
+                latents,
+                conditioning,
+                negative,
+                levels,
+                guidance,
+                bar.update if progress else None,
             )
 
     def velocity(
@@ -320,7 +334,7 @@ class FlashPipeline:
             raise ValueError(f"timestep must be one number in [0, 1000], or one for each image, not {timestep}")
         with self._precision():
             return sampling.velocity(
-                transformer,
+                self._frozen("transformer"),
                 latents,
                 np.broadcast_to(steps, len(latents)),
                 self._conditioning(conditioning, len(latents)),
@@ -330,7 +344,7 @@ class FlashPipeline:
         """Model-scale latents to pixels `(batch, height, width, 3)` float32 in [0, 1]."""
         vae = self._component("vae")
         with self._precision():
-            return _decode(vae, self._latents(latents, vae.config.latent_channels))
+            return _decode(self._frozen("vae"), self._latents(latents, vae.config.latent_channels))
 
     def encode_image(self, pixels: Float[Array | np.ndarray, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Pixels in [0, 1] to the posterior mean, `(batch, height/8, width/8, 16)` float32 at model scale.
@@ -344,22 +358,35 @@ class FlashPipeline:
         if pixels.ndim != 4 or pixels.shape[-1] != 3:
             raise ValueError(f"pixels must be (batch, height, width, 3), not {pixels.shape}")
         check_size(self.config, *pixels.shape[1:3])
-        vae = self._component("vae")
         with self._precision():
-            return _encode_image(vae, pixels)
+            return _encode_image(self._frozen("vae"), pixels)
 
     def _component(self, name: str) -> Any:
         if name not in self.components:
             raise ValueError(f"this checkpoint has no {name}; convert a source that holds one")
         return self.components[name]
 
-    def _put(self, name: str, param: str, array: np.ndarray) -> None:
-        """Replace a component's parameter, placed as the one before."""
+    def _frozen(self, name: str) -> Frozen:
+        module = self._component(name)
+        if name not in self._frozen_components or self._frozen_components[name][0] is not module:
+            self._frozen_components[name] = module, Frozen(module)
+        return self._frozen_components[name][1]
+
+    def _put(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace some of a component's parameters, placed as the ones before."""
         module = self.components[name]
-        placed = jax.device_put(array, parameters(module)[param].sharding)
-        self.components[name] = with_parameters(module, {param: placed})
+        present = parameters(module)
+        placed = {param: jax.device_put(array, present[param].sharding) for param, array in arrays.items()}
+        self.components[name] = with_parameters(module, placed)
+        self._frozen_components.pop(name, None)
 
     def _placed(self, array: Any, dtype: Any) -> Array:
+        if (
+            isinstance(array, jax.Array)
+            and array.committed
+            and (array.dtype, array.sharding) == (dtype, self.placement)
+        ):
+            return array
         return jax.device_put(jnp.asarray(array, dtype), self.placement)
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -475,8 +502,8 @@ def _noise(seeds: Int[Array, " b"], shape: tuple[int, int, int]) -> Float[Array,
 
 
 @jax.jit
-def _decode(vae: VAE, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
-    return vae.decode(latents)
+def _decode(vae: Frozen[VAE], latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    return vae.module.decode(latents)
 
 
 @jax.jit
@@ -485,5 +512,5 @@ def _round_to_bytes(pixels: Float[Array, "b H W 3"]) -> tuple[UInt8[Array, "b H 
 
 
 @jax.jit
-def _encode_image(vae: VAE, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
-    return vae.encode(pixels)
+def _encode_image(vae: Frozen[VAE], pixels: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+    return vae.module.encode(pixels)

@@ -1,89 +1,95 @@
-"""velocity -> latents: guided Euler steps along the rectified flow, in one compiled program.
+"""velocity -> latents: guided Euler steps along the rectified flow.
 
-The step count, the sigmas and the guidance are values, not shapes: a new one recompiles nothing. What recompiles is a
-new batch, height, width, token count or dtype, and a schedule of more than 63 steps (127, 191, ...).
+Two compiled programs serve every step count, sigma list and guidance: `modulations` prepares what depends on timestep
+and pooled text alone, a few steps at a time, and `add_velocity` evaluates the transformer once. An Euler step adds the
+velocity to the latents once, or twice with guidance; the device is kept busy, since the host only queues the calls.
+What recompiles is a new batch, height, width, token count or dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from sd35flash_jax.models.mmdit import MMDiT
+from sd35flash_jax.frozen import Frozen
+from sd35flash_jax.models.mmdit import MMDiT, Modulation
 from sd35flash_jax.schedule import TRAIN_TIMESTEPS
 from sd35flash_jax.text import Conditioning
 
-STEP_CAPACITY = 64
+# Modulation is a matrix product of few rows, as slow as the reading of its weights: a few steps' rows take no longer.
+STEPS_MODULATED = 4
 
 
 @jax.jit
-def velocity(
-    transformer: MMDiT, latents: Float[Array, "b h w c"], timestep: Float[Array, " b"], conditioning: Conditioning
-) -> Float[Array, "b h w c"]:
-    """One evaluation of the transformer, as float32."""
-    return transformer(latents, timestep, conditioning.context, conditioning.pooled).astype(jnp.float32)
+def modulations(
+    transformer: Frozen[MMDiT], timesteps: Float[Array, "steps b"], pooled: Float[Array, "b p"]
+) -> tuple[Modulation, ...]:
+    """`MMDiT.modulate` at each of `STEPS_MODULATED` timesteps in [0, 1000]."""
+    together = jax.vmap(transformer.module.modulate, in_axes=(0, None))(timesteps, pooled)
+    return tuple(jax.tree.map(itemgetter(step), together) for step in range(STEPS_MODULATED))
 
 
 @jax.jit
-def euler_steps(
-    transformer: MMDiT,
+def add_velocity(
+    transformer: Frozen[MMDiT],
     latents: Float[Array, "b h w c"],
-    sigmas: Float[Array, " capacity"],
-    start: Int[Array, ""],
-    stop: Int[Array, ""],
-    conditionings: tuple[Conditioning, Conditioning],
-    guidance: Float[Array, ""],
+    modulation: Modulation,
+    context: Float[Array, "b t c"],
+    weight: Float[Array, ""],
+    total: Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
-    """Take the Euler steps `start` to `stop - 1` from `sigmas[start]` to `sigmas[stop]`.
+    """`total + weight * velocity`, float32: one evaluation of the transformer."""
+    return total + weight * transformer.module.predict(latents, context, modulation).astype(jnp.float32)
 
-    `conditionings` holds the positive and the negative one. Up to a guidance of 1 only the positive one is evaluated;
-    above it the velocity is `negative + guidance * (positive - negative)` (arXiv 2207.12598), as a weighted sum whose
-    terms are evaluated one after the other, so that both cases are one program with one copy of the network.
-    """
-    both = jax.tree.map(lambda *pair: jnp.stack(pair), *conditionings)
-    guided = guidance > 1
-    weights = jnp.where(guided, jnp.stack([guidance, 1 - guidance]), jnp.array([1.0, 0.0]))
 
-    def step(index: Array, latents: Array) -> Array:
-        timestep = jnp.broadcast_to(sigmas[index] * TRAIN_TIMESTEPS, latents.shape[:1])
-
-        def add_term(term: Array, total: Array) -> Array:
-            conditioning = jax.tree.map(lambda array: array[term], both)
-            return total + weights[term] * velocity(transformer, latents, timestep, conditioning)
-
-        guided_velocity = jax.lax.fori_loop(0, 1 + guided, add_term, jnp.zeros_like(latents))
-        return latents + (sigmas[index + 1] - sigmas[index]) * guided_velocity
-
-    return jax.lax.fori_loop(start, stop, step, latents)
+def velocity(
+    transformer: Frozen[MMDiT], latents: Float[Array, "b h w c"], timestep: np.ndarray, conditioning: Conditioning
+) -> Float[Array, "b h w c"]:
+    """One evaluation of the transformer at timesteps `(batch,)`, as float32."""
+    timesteps = np.broadcast_to(timestep, (STEPS_MODULATED, len(latents)))
+    modulation = modulations(transformer, timesteps, conditioning.pooled)[0]
+    nothing = jnp.zeros_like(latents)
+    return add_velocity(transformer, latents, modulation, conditioning.context, np.float32(1), nothing)
 
 
 def denoise(
-    transformer: MMDiT,
+    transformer: Frozen[MMDiT],
     noise: Float[Array, "b h w c"],
     conditioning: Conditioning,
     negative: Conditioning,
-    sigmas: np.ndarray,
+    sigmas: Float[np.ndarray, " steps+1"],
     guidance: float,
     on_step: Callable[[], object] | None = None,
 ) -> Float[Array, "b h w c"]:
-    """Denoise model-scale noise at `sigmas[0]` to latents at `sigmas[-1]`, float32.
+    """Denoise model-scale noise at `sigmas[0]` to latents at `sigmas[-1]`, float32, with a call of `on_step` after each
+    step.
 
-    With `on_step` the same compiled program takes one step at a time and reports after each.
+    Above a guidance of 1 the velocity is `negative + guidance * (positive - negative)` (arXiv 2207.12598), taken as a
+    weighted sum; up to 1 only the positive one is evaluated.
     """
-    steps = len(sigmas) - 1
-    padded = np.zeros(-(-len(sigmas) // STEP_CAPACITY) * STEP_CAPACITY, np.float32)
-    padded[: len(sigmas)] = sigmas
-
-    def run(latents: Array, start: int, stop: int) -> Array:
-        both = (conditioning, negative)
-        return euler_steps(transformer, latents, padded, np.int32(start), np.int32(stop), both, np.float32(guidance))
-
-    if on_step is None:
-        return run(noise, 0, steps)
+    terms = [(conditioning, guidance), (negative, 1 - guidance)] if guidance > 1 else [(conditioning, 1.0)]
+    prepared = zip(*(_by_step(transformer, sigmas[:-1], given.pooled) for given, _ in terms))
     latents = noise
-    for index in range(steps):
-        latents = run(latents, index, index + 1).block_until_ready()
-        on_step()
+    for change, vectors in zip(np.diff(sigmas), prepared):
+        total = latents
+        for (given, weight), modulation in zip(terms, vectors):
+            scale = np.float32(weight * change)
+            total = add_velocity(transformer, latents, modulation, given.context, scale, total)
+        latents = total
+        if on_step is not None:
+            latents.block_until_ready()
+            on_step()
     return latents
+
+
+def _by_step(
+    transformer: Frozen[MMDiT], sigmas: Float[np.ndarray, " steps"], pooled: Float[Array, "b p"]
+) -> Iterator[Modulation]:
+    """Each step's modulation; steps beyond the last fill the last group up."""
+    filled = np.pad(sigmas, (0, -len(sigmas) % STEPS_MODULATED), mode="edge").astype(np.float32) * TRAIN_TIMESTEPS
+    for group in filled.reshape(-1, STEPS_MODULATED):
+        timesteps = np.repeat(group[:, None], len(pooled), axis=1)
+        yield from modulations(transformer, timesteps, pooled)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sd35flash_jax.config import ModelConfig
+from sd35flash_jax.frozen import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def tokenize(
 
 @partial(jax.jit, static_argnames=("config", "t5_tokens"))
 def encode_tokens(
-    encoders: dict[str, nnx.Module],
+    encoders: dict[str, Frozen],
     tokens: dict[str, Int[Array, "b t"]],
     *,
     config: ModelConfig,
@@ -107,7 +107,7 @@ def encode_tokens(
     states, pooled = [], []
     for name, width in clip_widths(config).items():
         if name in encoders:
-            state, pool = encoders[name](tokens[name])
+            state, pool = encoders[name].module(tokens[name])
         else:
             state, pool = jnp.zeros((batch, clip_tokens, width), dtype), jnp.zeros((batch, width), dtype)
         states.append(state)
@@ -116,7 +116,7 @@ def encode_tokens(
     padding = config.transformer.context_size - clip_context.shape[-1]
     clip_context = jnp.pad(clip_context, ((0, 0), (0, 0), (0, padding)))
     if "t5" in encoders:
-        t5_context = encoders["t5"](tokens["t5"])
+        t5_context = encoders["t5"].module(tokens["t5"])
     else:
         t5_context = jnp.zeros((batch, t5_tokens, config.transformer.context_size), dtype)
     return Conditioning(jnp.concatenate([clip_context, t5_context], axis=1), jnp.concatenate(pooled, axis=-1))

@@ -28,13 +28,6 @@ def test_nothing_recompiles_for_a_new_prompt_seed_guidance_step_count_or_sigmas(
     assert compilations == []
 
 
-def test_a_step_at_a_time_gives_the_same_latents_as_all_at_once(pipe):
-    conditioning, noise = pipe.encode(["a red fox"]), pipe.noise(0, 1, **SIZE)
-    at_once = pipe.denoise(noise, conditioning, steps=5)
-    one_by_one = pipe.denoise(noise, conditioning, steps=5, progress=True)
-    np.testing.assert_array_equal(at_once, one_by_one)
-
-
 def test_denoising_is_guided_euler_integration_of_the_velocity(pipe):
     positive, negative = pipe.encode(["a red fox"]), pipe.encode(["rain"])
     noise = pipe.noise(3, 1, **SIZE)

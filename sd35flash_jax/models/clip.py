@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sd35flash_jax.config import CLIPConfig
-from sd35flash_jax.models.layers import attention, embed, scan_blocks, split_heads, stack_blocks
+from sd35flash_jax.models.layers import Model, attention, embed, scan_blocks, split_heads, stack_blocks
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -38,8 +38,10 @@ class CLIPLayer(nnx.Module):
         return x + self.linear_2(ACTIVATIONS[self.activation](self.linear_1(self.feed_forward_norm(x))))
 
 
-class CLIPTextEncoder(nnx.Module):
+class CLIPTextEncoder(Model):
     """tokens -> penultimate hidden states and pooled state."""
+
+    STACKS = ("layers",)
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         size = config.hidden_size

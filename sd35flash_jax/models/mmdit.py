@@ -5,6 +5,8 @@ Image patches and text tokens are two streams with parameters of their own that 
 a second attention among image tokens alone. Shapes: b batch, t tokens, h height, w width, c channels.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,16 +14,19 @@ from jaxtyping import Array, Float, Num
 
 from sd35flash_jax.config import MMDiTConfig
 from sd35flash_jax.models.layers import (
-    adaptive_layer_norm,
-    add_gated,
+    Model,
+    Projected,
+    add_and_norm,
     attention,
+    joined_heads,
+    map_blocks,
     scan_blocks,
     sinusoidal_embedding,
-    split_heads,
     stack_blocks,
 )
 
 SINUSOIDS = 256
+ROWS_ALIGNED = 8
 
 
 class Buffer(nnx.Variable):
@@ -48,18 +53,26 @@ class FeedForward(nnx.Module):
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=True))
 
 
+class HeadNorm(nnx.Module):
+    """The scale of an RMS norm over a head's features; `joined_heads` takes the norm."""
+
+    def __init__(self, size: int):
+        self.scale = nnx.Param(jnp.ones(size))
+
+
 class Projection(nnx.Module):
     """One stream's queries, keys and values for an attention, with RMS norms on queries and keys in SD3.5."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
         self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
-        self.query_norm = nnx.RMSNorm(config.head_size, epsilon=1e-6, rngs=rngs) if config.qk_norm else nnx.identity
-        self.key_norm = nnx.RMSNorm(config.head_size, epsilon=1e-6, rngs=rngs) if config.qk_norm else nnx.identity
+        self.query_norm = HeadNorm(config.head_size) if config.qk_norm else None
+        self.key_norm = HeadNorm(config.head_size) if config.qk_norm else None
 
-    def project(self, x: Float[Array, "b t c"]) -> tuple[Array, Array, Array]:
-        query, key, value = split_heads(self.qkv(x), self.heads)
-        return self.query_norm(query), self.key_norm(key), value
+    def project(self, x: Float[Array, "b t c"], tokens: int) -> Projected:
+        """Of `x`, the first `tokens` rows can be attended to."""
+        scales = (self.query_norm.scale[...], self.key_norm.scale[...]) if self.query_norm and self.key_norm else None
+        return Projected(self.qkv(x), tokens, scales)
 
 
 class StreamAttention(Projection):
@@ -78,9 +91,13 @@ class PreOnlyStream(nnx.Module):
         self.attention = Projection(config, rngs=rngs)
 
 
+SHIFT, SCALE, GATE, SHIFT_FF, SCALE_FF, GATE_FF, SHIFT_2, SCALE_2, GATE_2 = range(9)
+"""A stream's modulation, in the order of its vectors: of its attention, its feed-forward layer, and in MMDiT-X its
+second attention."""
+
+
 class Stream(nnx.Module):
-    """One modality's half of a joint block, modulated by shift, scale and gate of its attention and of its
-    feed-forward layer; a dual stream (MMDiT-X) has a second, self-attention, with three more vectors."""
+    """One modality's half of a joint block; a dual stream (MMDiT-X) has a second, self-attention."""
 
     def __init__(self, config: MMDiTConfig, *, dual: bool = False, rngs: nnx.Rngs):
         size = config.hidden_size
@@ -90,50 +107,72 @@ class Stream(nnx.Module):
         self.feed_forward = FeedForward(size, rngs=rngs)
 
     def update(
-        self, x: Float[Array, "b t c"], mixed: Float[Array, "b t c"], vectors: list[Float[Array, "b 1 c"]]
+        self,
+        x: Float[Array, "b t c"],
+        mixed: Float[Array, "b t c"],
+        second_input: Float[Array, "b t c"] | None,
+        vectors: Float[Array, "b v"],
     ) -> Float[Array, "b t c"]:
-        """Add what the joint attention brought, then the second attention and the feed-forward layer."""
-        gate, shift_ff, scale_ff, gate_ff = vectors[2:6]
-        attended = add_gated(x, gate, self.attention.out(mixed))
-        if self.second_attention is not None:
-            shift, scale, gate = vectors[6:]
-            mixed = attention(*self.second_attention.project(adaptive_layer_norm(x, shift, scale)))
-            attended = add_gated(attended, gate, self.second_attention.out(mixed))
-        fed_forward = self.feed_forward(adaptive_layer_norm(attended, shift_ff, scale_ff))
-        return add_gated(attended, gate_ff, fed_forward)
+        """Add what the joint attention brought and the second attention brings, then the feed-forward layer."""
+        updates = [self.attention.out(mixed)]
+        if self.second_attention is not None and second_input is not None:
+            projected = self.second_attention.project(second_input, x.shape[1])
+            second = attention(*joined_heads([projected], self.second_attention.heads))
+            updates.append(self.second_attention.out(second))
+        x, [normed] = add_and_norm(x, updates, vectors, (GATE, GATE_2)[: len(updates)], ((SHIFT_FF, SCALE_FF),))
+        x, _ = add_and_norm(x, [self.feed_forward(normed)], vectors, (GATE_FF,), ())
+        return x
 
 
 class JointBlock(nnx.Module):
-    """Both streams with their joint attention; `condition` has passed its SiLU already."""
+    """Both streams with their joint attention."""
 
     def __init__(self, config: MMDiTConfig, *, dual: bool = False, last: bool = False, rngs: nnx.Rngs):
+        self.dual = dual
         self.image = Stream(config, dual=dual, rngs=rngs)
         self.context = PreOnlyStream(config, rngs=rngs) if last else Stream(config, rngs=rngs)
 
+    def modulate(self, condition: Float[Array, "b c"]) -> tuple[Float[Array, "b v"], Float[Array, "b v"]]:
+        """Both streams' shifts, scales and gates side by side; `condition` has passed its SiLU already."""
+        return self.image.modulation(condition), self.context.modulation(condition)
+
     def __call__(
-        self, image: Float[Array, "b t c"], context: Float[Array, "b s c"], condition: Float[Array, "b c"]
+        self,
+        image: Float[Array, "b t c"],
+        context: Float[Array, "b s c"],
+        modulation: tuple[Float[Array, "b v"], Float[Array, "b v"]],
+        context_tokens: int,
     ) -> tuple[Array, Array]:
-        image_vectors = modulation_vectors(self.image, condition)
-        context_vectors = modulation_vectors(self.context, condition)
-        from_image = self.image.attention.project(adaptive_layer_norm(image, *image_vectors[:2]))
-        from_context = self.context.attention.project(adaptive_layer_norm(context, *context_vectors[:2]))
-        mixed = attention(*(jnp.concatenate(pair, axis=1) for pair in zip(from_image, from_context)))
+        """Of the context, the first `context_tokens` rows are attended to."""
+        image_vectors, context_vectors = modulation
+        norms = ((SHIFT, SCALE), (SHIFT_2, SCALE_2))[: 1 + self.dual]
+        _, [normed_image, *rest] = add_and_norm(image, [], image_vectors, (), norms)
+        _, [normed_context] = add_and_norm(context, [], context_vectors, (), ((SHIFT, SCALE),))
+        from_image = self.image.attention.project(normed_image, image.shape[1])
+        from_context = self.context.attention.project(normed_context, context_tokens)
+        mixed = attention(*joined_heads([from_image, from_context], self.image.attention.heads))
         to_image, to_context = jnp.split(mixed, [image.shape[1]], axis=1)
 
-        image = self.image.update(image, to_image, image_vectors)
+        image = self.image.update(image, to_image, rest[0] if self.dual else None, image_vectors)
         if isinstance(self.context, Stream):
-            context = self.context.update(context, to_context, context_vectors)
+            context = self.context.update(context, to_context, None, context_vectors)
         return image, context
 
 
-def modulation_vectors(stream: Stream | PreOnlyStream, condition: Float[Array, "b c"]) -> list[Float[Array, "b 1 c"]]:
-    """Shifts, scales and gates, in the order that `Stream` uses them."""
-    vectors = stream.modulation(condition)[:, None]
-    return jnp.split(vectors, vectors.shape[-1] // condition.shape[-1], axis=-1)
+class Modulation(NamedTuple):
+    """Every vector that depends on timestep and pooled text alone: for each block what `JointBlock.modulate` gives,
+    and shift and scale of the final norm."""
+
+    dual_blocks: Any
+    blocks: Any
+    last_block: Any
+    out: Float[Array, "b c2"]
 
 
-class MMDiT(nnx.Module):
+class MMDiT(Model):
     """latents, timestep, context, pooled -> velocity."""
+
+    STACKS = ("dual_blocks", "blocks")
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         size, patch = config.hidden_size, config.patch_size
@@ -172,23 +211,41 @@ class MMDiT(nnx.Module):
 
         Height and width are even. The result has the parameters' dtype.
         """
+        return self.predict(latents, context, self.modulate(timestep, pooled))
+
+    def modulate(self, timestep: Num[Array, " b"], pooled: Float[Array, "b pooled"]) -> Modulation:
+        """The part that needs no latents: all steps of a schedule can take it at once."""
+        dtype = self.out.kernel.dtype
+        condition = self.timestep_embed(sinusoidal_embedding(timestep, SINUSOIDS).astype(dtype))
+        condition = jax.nn.silu(condition + self.pooled_embed(pooled.astype(dtype)))
+        dual, plain = (
+            None if blocks is None else map_blocks(blocks, lambda block: block.modulate(condition))
+            for blocks in (self.dual_blocks, self.blocks)
+        )
+        return Modulation(dual, plain, self.last_block.modulate(condition), self.out_modulation(condition))
+
+    def predict(
+        self, latents: Float[Array, "b h w 16"], context: Float[Array, "b t context"], modulation: Modulation
+    ) -> Float[Array, "b h w 16"]:
+        """The velocity, given what `modulate` made of timestep and pooled text."""
         dtype = self.out.kernel.dtype
         height, width = latents.shape[1:3]
+        tokens = context.shape[1]
 
         image = self.patch_embed(self.patchify(latents.astype(dtype)))
         image = image + self.positions(height, width)
-        text = self.context_embed(context.astype(dtype))
-        condition = self.timestep_embed(sinusoidal_embedding(timestep, SINUSOIDS).astype(dtype))
-        condition = jax.nn.silu(condition + self.pooled_embed(pooled.astype(dtype)))
-
-        streams = (image, text)
-        for blocks in (self.dual_blocks, self.blocks):
+        # The context gets rows that nothing attends to, lest matrix products pad it one by one.
+        context = jnp.pad(context.astype(dtype), ((0, 0), (0, -tokens % ROWS_ALIGNED), (0, 0)))
+        streams = (image, self.context_embed(context))
+        for blocks, vectors in ((self.dual_blocks, modulation.dual_blocks), (self.blocks, modulation.blocks)):
             if blocks is not None:
-                streams = scan_blocks(blocks, streams, lambda block, streams: block(*streams, condition))
-        image, _ = self.last_block(*streams, condition)
+                streams = scan_blocks(
+                    blocks, streams, lambda block, streams, vectors: block(*streams, vectors, tokens), vectors
+                )
+        image, _ = self.last_block(*streams, modulation.last_block, tokens)
 
-        shift, scale = jnp.split(self.out_modulation(condition)[:, None], 2, axis=-1)
-        return self.unpatchify(self.out(adaptive_layer_norm(image, shift, scale)), height, width)
+        _, [normed] = add_and_norm(image, [], modulation.out, (), ((SHIFT, SCALE),))
+        return self.unpatchify(self.out(normed), height, width)
 
     def patchify(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b t p"]:
         """Cut into patches, row by row; a patch's features run over its rows, columns and channels."""

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sd35flash_jax.config import T5Config
-from sd35flash_jax.models.layers import attention, embed, scan_blocks, split_heads, stack_blocks
+from sd35flash_jax.models.layers import Model, attention, embed, scan_blocks, split_heads, stack_blocks
 
 
 class T5Layer(nnx.Module):
@@ -31,8 +31,10 @@ class T5Layer(nnx.Module):
         return x + self.down(jax.nn.gelu(self.gate(normed), approximate=True) * self.up(normed))
 
 
-class T5Encoder(nnx.Module):
+class T5Encoder(Model):
     """tokens -> hidden states. Padding is attended to, as in the SD3 reference."""
+
+    STACKS = ("layers",)
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.config = config
