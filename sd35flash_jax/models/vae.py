@@ -89,13 +89,36 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour doubling, then a convolution."""
+    """Nearest-neighbour doubling, then a convolution, taken together: in the doubled image each 3x3 window sees a 2x2
+    window of the small one, so four convolutions of 2x2, one for each parity of row and column, do 4/9 of the work."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = conv3x3(channels, channels, rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+        batch, height, width, channels = x.shape
+        kernel = self.conv.kernel[...].astype(jnp.float32)
+        parities = [
+            jax.lax.conv_general_dilated(
+                x,
+                merged_taps(merged_taps(kernel, 0, row), 1, column).astype(x.dtype),
+                (1, 1),
+                ((1 - row, row), (1 - column, column)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            + self.conv.bias[...]
+            for row in (0, 1)
+            for column in (0, 1)
+        ]
+        together = jnp.stack(parities).reshape(2, 2, batch, height, width, channels).transpose(2, 3, 0, 4, 1, 5)
+        return together.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def merged_taps(kernel: Float[Array, "..."], axis: int, parity: int) -> Float[Array, "..."]:
+    """The two taps that three taps become on every second place of a doubled axis, of which two fall on one source."""
+    first, second, third = jnp.split(kernel, 3, axis)
+    taps = [first + second, third] if parity else [first, second + third]
+    return jnp.concatenate(taps, axis)
 
 
 class Level(nnx.Module):
