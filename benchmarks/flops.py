@@ -44,7 +44,7 @@ def decoder_flops(config: VAEConfig, latent_height: int, latent_width: int) -> i
         total += config.blocks_per_level * _residual_block(pixels, width, width)
         if level < len(widths) - 1:
             pixels *= 4
-            total += _conv3x3(pixels, width, width)
+            total += _linear(pixels, 2 * 2 * width, width)  # 2x2 in place of 3x3: see `vae.Upsample`.
     return total + _conv3x3(pixels, widths[-1], 3)
 
 
