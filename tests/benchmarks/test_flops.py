@@ -47,8 +47,9 @@ def test_an_evaluation_at_1024_px_is_the_known_11_tflop():
 
 
 def test_decoder_flops():
-    found = counted_by_xla("vae", MEDIUM.vae, lambda vae, latents: vae.decode(latents), shape(1, 24, 16, 16))
-    assert decoder_flops(MEDIUM.vae, 24, 16) == pytest.approx(found, rel=0.02)
+    # XLA does not count the products with the padding at the borders, so the image must not be too small.
+    found = counted_by_xla("vae", MEDIUM.vae, lambda vae, latents: vae.decode(latents), shape(1, 48, 32, 16))
+    assert decoder_flops(MEDIUM.vae, 48, 32) == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["clip_l", "clip_g"])
