@@ -41,7 +41,7 @@ from sd35flash_jax.models.vae import VAE
 
 FORMAT = 1
 DTYPES = ("bfloat16", "float32")
-_MODULES: dict[str, Callable[..., nnx.Module]] = {
+_MODULES: dict[str, Callable[..., Model]] = {
     "transformer": MMDiT,
     "vae": VAE,
     "clip_l": CLIPTextEncoder,

@@ -97,7 +97,8 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         batch, height, width, channels = x.shape
-        kernel = self.conv.kernel[...].astype(jnp.float32)
+        assert self.conv.bias is not None
+        kernel, bias = self.conv.kernel[...].astype(jnp.float32), self.conv.bias[...]
         parities = [
             jax.lax.conv_general_dilated(
                 x,
@@ -106,7 +107,7 @@ class Upsample(nnx.Module):
                 ((1 - row, row), (1 - column, column)),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-            + self.conv.bias[...]
+            + bias
             for row in (0, 1)
             for column in (0, 1)
         ]
