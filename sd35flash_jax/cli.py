@@ -152,6 +152,12 @@ def _parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--against", nargs="+", default=[], metavar="PEER", help="measure these too, for ratios")
     benchmark.add_argument("--timeout", type=float, default=1800.0, help="seconds for each side in all")
     benchmark.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for JSON, table and plot")
+
+    distill = commands.add_parser("distill", help="distil a many-step teacher into a few-step student")
+    distill.set_defaults(run=_distill)
+    distill.add_argument("config", type=Path, help="TOML file, as docs/distillation.md describes it")
+    text = "set one of its values, such as matching.updates=100; repeat for more"
+    distill.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=text)
     return parser
 
 
@@ -313,6 +319,13 @@ def _benchmark(options: argparse.Namespace) -> None:
         write_plot(report, output / "benchmark.png")
     except ImportError:
         warnings.warn("no plot was drawn: for matplotlib, pip install 'sd35flash-jax[benchmark]'", stacklevel=1)
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from sd35flash_jax.distill.config import read_distill_config
+    from sd35flash_jax.distill.trainer import distill
+
+    print(distill(read_distill_config(options.config, options.set), progress=True))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,27 @@
 """The recipe's numbers: one typed TOML file, and overrides of single values."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
 
 from sd35flash_jax.config import Count, Positive, Size
+from sd35flash_jax.distill.split_timestep import branch_steps
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Level = Annotated[float, Field(gt=0.0, le=1.0)]
+Guidance = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+
+section = validated(frozen=True, config=ConfigDict(extra="forbid"))
+"""A dataclass whose values are checked, and which has no other fields."""
 
 
-@dataclass(frozen=True)
+@section
 class TrajectoryConfig:
     """Stage (a), trajectory guidance."""
 
@@ -20,7 +29,7 @@ class TrajectoryConfig:
     learning_rate: Positive = 1e-6
 
 
-@dataclass(frozen=True)
+@section
 class MatchingConfig:
     """Stage (b), distribution matching with the adversary; stage (c) goes on with it.
 
@@ -37,7 +46,7 @@ class MatchingConfig:
     head_learning_rate: Positive = 1e-4
     proxy_updates: Size = 5
     points: Literal["shared", "renoised"] = "shared"
-    guidance: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 4.0
+    guidance: Guidance = 4.0
     guidance_term: Literal["joint", "decoupled"] = "joint"
     end_sigma: Level = 0.02
     adversarial_weight: Weight = 0.05
@@ -45,7 +54,7 @@ class MatchingConfig:
     reinitialise: Probability = 0.005
 
 
-@dataclass(frozen=True)
+@section
 class SplitConfig:
     """Stage (c), split-timestep fine-tuning: `updates` for each branch, the decay of its average, and the weight of
     the branch of timesteps up to 500 in the merged student. 0 updates leave the stage out."""
@@ -53,3 +62,108 @@ class SplitConfig:
     updates: Count = 400
     ema: Probability = 0.99
     low_weight: Probability = 0.3
+
+
+@section
+class TeacherConfig:
+    """The teacher: a checkpoint directory, and how it synthesizes trajectories and samples."""
+
+    checkpoint: str
+    steps: Size = 32
+    guidance: Guidance = 4.0
+    negative_prompt: str = ""
+
+
+@section
+class StudentConfig:
+    """The student: its own sigmas, without the final 0, and how it is trained: every parameter, or a LoRA of a rank
+    on the teacher (`lora_rank` 0 is every parameter). The proxy is trained in the same way."""
+
+    sigmas: tuple[Level, ...] = (1.0, 0.75, 0.5, 0.25)
+    lora_rank: Count = 0
+
+
+@section
+class TrainingConfig:
+    """What all stages share. `batch` rows an update, in `micro_batches` parts; sizes are in pixels; a prompt's text
+    encoders are each left out with `text_dropout`; gradients are clipped to the norm `clip`. Checkpoints, sample grids
+    (of `sample_prompts`) and the last `keep` checkpoints count in updates."""
+
+    prompts: str
+    output: str
+    seed: Count = 0
+    batch: Size = 8
+    micro_batches: Size = 1
+    height: Size = 512
+    width: Size = 512
+    max_t5_tokens: Size = 256
+    text_dropout: Probability = 0.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    ema: Probability = 0.99
+    clip: Positive = 1.0
+    checkpoint_every: Size = 100
+    keep: Size = 2
+    sample_every: Count = 0
+    sample_prompts: tuple[str, ...] = ()
+
+
+@section
+class DistillConfig:
+    """A whole distillation: one section of the file for each field."""
+
+    teacher: TeacherConfig
+    training: TrainingConfig
+    student: StudentConfig = StudentConfig()
+    trajectory: TrajectoryConfig = TrajectoryConfig()
+    matching: MatchingConfig = MatchingConfig()
+    split: SplitConfig = SplitConfig()
+
+
+def read_distill_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
+    """Read a TOML file, then set single values as `section.key=value`, where a value that is no TOML is a string.
+
+    Raises:
+        ValueError: the file is missing or no TOML, an override has no such form, or a value is unknown, missing, of the
+            wrong type, out of range or at odds with another; the message names it.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; write a configuration as docs/distillation.md shows") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(data, override)
+    try:
+        config = TypeAdapter(DistillConfig).validate_python(data)
+    except ValidationError as error:
+        faults = [".".join(map(str, fault["loc"])) + ": " + fault["msg"] for fault in error.errors()]
+        raise ValueError(f"{path} is not a valid configuration: {'; '.join(faults)}") from None
+    _check_consistency(config)
+    return config
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not separator or not dot or not isinstance(data.setdefault(section, {}), dict):
+        raise ValueError(f"{override!r} sets nothing; write it as section.key=value, such as matching.updates=100")
+    try:
+        data[section][name] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        data[section][name] = text
+
+
+def _check_consistency(config: DistillConfig) -> None:
+    sigmas = config.student.sigmas
+    if not sigmas or sigmas[0] != 1 or any(later >= sigma for sigma, later in zip(sigmas, sigmas[1:])):
+        raise ValueError(f"student.sigmas must fall strictly from 1, such as 1.0 0.75 0.5 0.25, not {list(sigmas)}")
+    if config.training.batch % config.training.micro_batches:
+        raise ValueError(
+            f"training.batch {config.training.batch} does not divide into {config.training.micro_batches} micro_batches"
+        )
+    if config.split.updates and config.student.lora_rank:
+        raise ValueError("the branches of stage (c) cannot be interpolated as LoRAs; set split.updates=0")
+    if config.split.updates:
+        for branch in ("low", "high"):
+            branch_steps(np.array([*sigmas, 0.0]), branch)

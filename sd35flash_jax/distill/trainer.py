@@ -1,0 +1,447 @@
+"""Training: a teacher's checkpoint and a list of prompts in, a student's checkpoint out, through all stages.
+
+A run's folder holds
+
+    progress/       Orbax checkpoints of the whole training state, each written whole or not at all
+    losses.csv      one row an update
+    samples/        grids of the configured prompts
+    student/        the result: a checkpoint directory as any other, with the student's own sigmas
+
+Everything random is a function of the seed and the number of the update, and so is the order of the prompts: a run that
+was killed goes on from its last checkpoint bit for bit as if it had not been.
+"""
+
+import csv
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Array
+from PIL import Image
+from tqdm import tqdm
+
+from sd35flash_jax.checkpoint import Checkpoint, load_checkpoint, parameters, save_checkpoint, with_parameters
+from sd35flash_jax.config import ModelConfig, ScheduleConfig
+from sd35flash_jax.distill.adversarial import init_heads
+from sd35flash_jax.distill.config import DistillConfig
+from sd35flash_jax.distill.flow import guided
+from sd35flash_jax.distill.lora import Params, init_lora, merge_lora
+from sd35flash_jax.distill.mmdit import mmdit_networks
+from sd35flash_jax.distill.split_timestep import branch_steps, interpolate
+from sd35flash_jax.distill.text_dropout import drop_text_encoders
+from sd35flash_jax.distill.trajectory import synthesize_trajectory, teacher_sigmas
+from sd35flash_jax.distill.updates import (
+    Batch,
+    MatchingUpdate,
+    Optimizers,
+    State,
+    TrajectoryUpdate,
+    begin,
+)
+from sd35flash_jax.models.mmdit import Buffer
+from sd35flash_jax.pipeline import DOWNSAMPLING, FlashPipeline, check_size
+from sd35flash_jax.schedule import choose_sigmas, shifted_sigmas
+from sd35flash_jax.text import Conditioning, clip_widths, load_tokenizer, token_counts
+
+LOSSES = (
+    "trajectory",
+    "matching",
+    "adversarial",
+    "student_gradient",
+    "proxy",
+    "proxy_gradient",
+    "discriminator",
+)
+"""The columns of losses.csv."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is done a number of times, and its name."""
+
+    name: str
+    updates: int
+    update: TrajectoryUpdate | MatchingUpdate
+
+
+def distill(config: DistillConfig, progress: bool = False) -> Path:
+    """Run a distillation, or go on with it where its folder holds one, and return the student's checkpoint.
+
+    Raises:
+        ValueError: the configuration does not fit the checkpoint, or there is no prompt.
+        FloatingPointError: a loss or gradient is not finite; the last good checkpoint is named.
+        FileExistsError: the student is there already.
+    """
+    destination = Path(config.training.output).expanduser() / "student"
+    if destination.exists():
+        raise FileExistsError(f"{destination} already exists: this run is done; choose another training.output")
+    trainer = Trainer(config, progress)
+    trainer.run()
+    trainer.save_student(destination)
+    return destination
+
+
+class Trainer:
+    """One run. `state` is what is being trained; `kept` holds the students that a later stage needs."""
+
+    def __init__(self, config: DistillConfig, progress: bool = False):
+        self.config = config
+        self.progress = progress
+        self.folder = Path(config.training.output).expanduser().absolute()
+        self.prompts = read_prompts(Path(config.training.prompts).expanduser())
+        self.loaded = load_checkpoint(config.teacher.checkpoint, dtype=config.training.dtype, progress=progress)
+        self._check_fit(self.loaded.config)
+        self.pipeline = _pipeline(self.loaded, config)
+        self.sigmas = (*config.student.sigmas, 0.0)
+        self.teacher: Params = parameters(self.loaded.components["transformer"])
+        self.stages = self._stages()
+        # Committed to its devices from the start: JAX compiles anew for arrays that it may place as it likes.
+        self.placement = jax.tree.leaves(self.teacher)[0].sharding
+        self.state = jax.device_put(self._initial_state(), self.placement)
+        self.kept: dict[str, Params] = {}
+        self.stage = self.done = 0
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.training.keep, enable_async_checkpointing=False, create=True
+        )
+        self.manager = ocp.CheckpointManager(self.folder / "progress", options=options)
+
+    # The stages in order
+
+    def run(self) -> None:
+        """Go through the stages from where the folder's last checkpoint ended."""
+        self._resume()
+        total = sum(stage.updates for stage in self.stages)
+        with tqdm(total=total, initial=self.position, desc="distilling", disable=not self.progress) as bar:
+            while self.stage < len(self.stages):
+                stage = self.stages[self.stage]
+                bar.set_description(stage.name)
+                update = jax.jit(stage.update, donate_argnums=0)
+                while self.done < stage.updates:
+                    self._update_once(stage, update, bar)
+                self._finish_stage(stage)
+        self.manager.close()
+
+    @property
+    def position(self) -> int:
+        """How many updates of all stages are done: it numbers checkpoints, and seeds each update."""
+        return sum(stage.updates for stage in self.stages[: self.stage]) + self.done
+
+    def _update_once(self, stage: Stage, update: Any, bar: tqdm) -> None:
+        batch_key, update_key = jax.random.split(
+            jax.random.fold_in(jax.random.key(self.config.training.seed), self.position)
+        )
+        batch, update_key = jax.device_put((self._batch(stage, batch_key), update_key), self.placement)
+        self.state, metrics = update(self.state, self.teacher, batch, update_key)
+        values = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(self._not_finite(stage.name, values))
+        self.done += 1
+        append_losses(self.folder / "losses.csv", self.position, stage.name, values)
+        bar.update()
+        bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+        training = self.config.training
+        if self.position % training.checkpoint_every == 0 and self.done < stage.updates:
+            self.save()
+        if training.sample_every and training.sample_prompts and self.position % training.sample_every == 0:
+            self.sample(self.folder / "samples" / f"{self.position:06d}.png")
+
+    def _finish_stage(self, stage: Stage) -> None:
+        """The averaged student goes on with fresh optimizer state; the branches of stage (c) are merged at the end."""
+        student = self.state.ema
+        if stage.name == "split-low":
+            self.kept["low"] = student
+            student = self.kept["base"]
+        if stage.name == "split-high":
+            student = interpolate(self.kept.pop("low"), student, self.config.split.low_weight)
+            del self.kept["base"]
+        self.stage, self.done = self.stage + 1, 0
+        if self.stage < len(self.stages) and self.stages[self.stage].name == "split-low":
+            self.kept["base"] = student
+        # An update takes over the arrays of its state, so that the state may not share them with `kept`.
+        learner = begin(jax.tree.map(jnp.copy, student), stage.update.optimizers.student)
+        state = replace(self.state, student=learner, ema=jax.tree.map(jnp.copy, student))
+        self.state = jax.device_put(state, self.placement)
+        self.save()
+
+    def _stages(self) -> list[Stage]:
+        config, lora = self.config, bool(self.config.student.lora_rank)
+        depth = self.loaded.config.transformer.depth  # type: ignore[union-attr]
+        networks = mmdit_networks(self.loaded.config, lora, head_depths(depth))
+        ema, steps = config.training.ema, len(self.sigmas) - 1
+        first = optimizers(config, config.trajectory.learning_rate)
+        guidance = TrajectoryUpdate(networks, first, self.sigmas, ema)
+        second = optimizers(config, config.matching.learning_rate)
+        matching = MatchingUpdate(networks, second, self.sigmas, (0, steps), ema, config.matching)
+        stages = [
+            Stage("trajectory", config.trajectory.updates, guidance),
+            Stage("matching", config.matching.updates, matching),
+        ]
+        if config.split.updates:
+            for branch in ("low", "high"):
+                own_steps = branch_steps(np.array(self.sigmas), branch)
+                update = replace(matching, steps=own_steps, ema=config.split.ema)
+                stages.append(Stage(f"split-{branch}", config.split.updates, update))
+        return stages
+
+    def _initial_state(self) -> State:
+        config, chosen = self.config, self.stages[0].update.optimizers
+        trained = trainable(self.loaded.components["transformer"])
+        keys = jax.random.split(jax.random.key(config.training.seed), 3)
+
+        def fresh(key: Array) -> Params:
+            if config.student.lora_rank:
+                return init_lora(key, trained, config.student.lora_rank)
+            return {path: jnp.array(array, jnp.float32) for path, array in trained.items()}
+
+        transformer = self.loaded.config.transformer
+        assert transformer is not None
+        heads = init_heads(
+            keys[2], len(head_depths(transformer.depth)), transformer.hidden_size, config.matching.head_size
+        )
+        return State(
+            student=begin(fresh(keys[0]), chosen.student),
+            ema=fresh(keys[0]),
+            proxy=begin(fresh(keys[1]), chosen.proxy),
+            heads=begin(heads, chosen.heads),
+        )
+
+    # Data
+
+    def _batch(self, stage: Stage, key: Array) -> Batch:
+        """The prompts of this update, encoded, and the teacher's trajectories from noise of their own."""
+        training, teaching = self.config.training, self.config.teacher
+        rows, parts = training.batch, training.micro_batches
+        prompts = [self.prompts[index] for index in prompt_order(len(self.prompts), training.seed, self.position, rows)]
+        conditioning = self.pipeline.encode(prompts)
+        negative = self.pipeline.encode([teaching.negative_prompt] * rows)
+        noise_key, dropout_key = jax.random.split(key)
+        transformer = self.loaded.config.transformer
+        assert transformer is not None
+        size = (training.height // DOWNSAMPLING, training.width // DOWNSAMPLING, transformer.latent_channels)
+        widths = clip_widths(self.loaded.config)
+        student = drop_text_encoders(
+            conditioning,
+            dropout_key,
+            training.text_dropout,
+            (widths["clip_l"], widths["clip_g"]),
+            token_counts(self.loaded.config, training.max_t5_tokens)["clip_l"],
+        )
+        noise = jax.random.normal(noise_key, (rows, *size))
+        batch: Batch = jax.tree.map(
+            lambda array: array.reshape(parts, rows // parts, *array.shape[1:]),
+            Batch(conditioning, student, negative, noise),
+        )
+        guidance = isinstance(stage.update, TrajectoryUpdate)
+        if not guidance and not self.config.matching.adversarial_weight:
+            return batch
+        micros = zip(*(jax.tree.leaves(batch)))
+        trajectories = [
+            self._trajectory(stage, jax.tree.unflatten(jax.tree.structure(batch), micro)) for micro in micros
+        ]
+        return replace(batch, real=jnp.stack(trajectories if guidance else [points[-1] for points in trajectories]))
+
+    def _trajectory(self, stage: Stage, batch: Batch) -> Array:
+        """The teacher's points at the student's levels, from the noise that stands in `real`."""
+        shifted = shifted_sigmas(self.config.teacher.steps, self.loaded.config.schedule.shift)
+        levels, indices = teacher_sigmas(np.array(self.sigmas), shifted)
+        return _synthesize(
+            self.teacher,
+            batch.real,
+            batch.conditioning,
+            batch.negative,
+            velocity=stage.update.networks.teacher,
+            levels=tuple(map(float, levels)),
+            indices=tuple(map(int, indices)),
+            guidance=self.config.teacher.guidance,
+        )
+
+    # Files
+
+    def save(self) -> None:
+        """Write the whole training state under the number of updates done."""
+        content = {"arrays": ocp.args.StandardSave(_leaves((self.state, self.kept)))}
+        content["position"] = ocp.args.JsonSave({"stage": self.stage, "done": self.done})
+        self.manager.save(self._number(), args=ocp.args.Composite(**content))
+
+    def _resume(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        latest = self.manager.latest_step()
+        if latest is None:
+            truncate_losses(self.folder / "losses.csv", 0)
+            return
+        position = self.manager.restore(latest, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
+        self.stage, self.done = position["stage"], position["done"]
+        names = {"split-low": ("base",), "split-high": ("base", "low")}
+        current = self.stages[self.stage].name if self.stage < len(self.stages) else ""
+        kept = {name: self.state.ema for name in names.get(current, ())}
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, (self.state, kept))
+        arrays = ocp.args.StandardRestore(_leaves(target))
+        restored = self.manager.restore(latest, args=ocp.args.Composite(arrays=arrays)).arrays
+        ordered = [restored[name] for name in sorted(restored)]
+        self.state, self.kept = jax.tree.unflatten(jax.tree.structure(target), ordered)
+        truncate_losses(self.folder / "losses.csv", self.position)
+
+    def _number(self) -> int:
+        """Checkpoints are numbered by updates and stages done, so that no number comes twice."""
+        return self.position + self.stage
+
+    def _not_finite(self, stage: str, values: dict[str, float]) -> str:
+        bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        latest = self.manager.latest_step()
+        where = (
+            "there is no checkpoint yet"
+            if latest is None
+            else f"the last good checkpoint is {self.manager.directory / str(latest)}"
+        )
+        return (
+            f"update {self.done + 1} of {stage} gave {bad} that is not finite; {where}: lower the learning rate and "
+            "run again to go on from there"
+        )
+
+    # Results
+
+    def transformer(self) -> nnx.Module:
+        """The averaged student as a module in the compute dtype."""
+        merged: Any = merge_lora(self.teacher, self.state.ema) if self.config.student.lora_rank else self.state.ema
+        module = self.loaded.components["transformer"]
+        return with_parameters(module, {path: array.astype(self.teacher[path].dtype) for path, array in merged.items()})
+
+    def sample(self, path: Path) -> None:
+        """A row of pictures of the configured prompts, one seed each."""
+        pipeline = _pipeline(
+            replace(self.loaded, components=self.loaded.components | {"transformer": self.transformer()}), self.config
+        )
+        training = self.config.training
+        result = pipeline(
+            list(training.sample_prompts),
+            sigmas=self.config.student.sigmas,
+            height=training.height,
+            width=training.width,
+        )
+        grid = Image.fromarray(np.concatenate([np.asarray(image) for image in result.images], axis=1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(path)
+
+    def save_student(self, destination: Path) -> None:
+        """The student as a checkpoint directory: the teacher's other components and tokenizers, and its own sigmas."""
+        own = self.config.student.sigmas
+        others = tuple(sigmas for sigmas in self.loaded.config.schedule.sigmas if len(sigmas) != len(own))
+        schedule = ScheduleConfig(self.loaded.config.schedule.shift, (*others, own))
+        save_checkpoint(
+            destination,
+            replace(self.loaded.config, schedule=schedule),
+            self.loaded.components | {"transformer": self.transformer()},
+            self.loaded.tokenizers,
+            source={"distilled from": str(self.config.teacher.checkpoint), "sigmas": list(own)},
+        )
+
+    def _check_fit(self, config: ModelConfig) -> None:
+        training = self.config.training
+        if config.transformer is None:
+            raise ValueError(
+                f"{self.config.teacher.checkpoint} has no transformer to distil; convert a source that has"
+            )
+        if not self.loaded.tokenizers:
+            raise ValueError(f"{self.config.teacher.checkpoint} has no text encoder to read the prompts with")
+        check_size(config, training.height, training.width)
+        choose_sigmas(config.schedule, 1, self.config.student.sigmas)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines are skipped.
+
+    Raises:
+        ValueError: the file is missing, is not UTF-8, or has no prompt.
+    """
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise ValueError(f"the prompt list {path} does not exist; write one prompt a line") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"the prompt list {path} is not UTF-8 text; save it as such") from None
+    if not prompts:
+        raise ValueError(f"the prompt list {path} has no prompt; write one prompt a line")
+    return prompts
+
+
+def prompt_order(count: int, seed: int, update: int, rows: int) -> np.ndarray:
+    """Which prompts an update reads: the list in a new random order each epoch."""
+    positions = np.arange(update * rows, (update + 1) * rows)
+    orders = {epoch: np.random.default_rng([seed, int(epoch)]).permutation(count) for epoch in set(positions // count)}
+    return np.array([orders[position // count][position % count] for position in positions])
+
+
+def head_depths(depth: int) -> tuple[int, ...]:
+    """The heads sit a quarter, half and three quarters into the proxy, as far as it has so many blocks."""
+    return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
+
+
+def trainable(transformer: nnx.Module) -> Params:
+    """The parameters that are trained: all but stored tables."""
+    tables = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(transformer, Buffer))}
+    return {path: array for path, array in parameters(transformer).items() if path not in tables}
+
+
+def append_losses(path: Path, update: int, stage: str, values: dict[str, float]) -> None:
+    """One row; the columns are those of every stage, so that a file stays one table."""
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["update", "stage", *LOSSES])
+        writer.writerow([update, stage, *(repr(values[name]) if name in values else "" for name in LOSSES)])
+
+
+def truncate_losses(path: Path, updates: int) -> None:
+    """Take back the rows of updates that are not in the checkpoint from which a run goes on."""
+    if not path.exists():
+        return
+    header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= updates]
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text("".join([header, *kept]), encoding="utf-8")
+    partial_path.replace(path)
+
+
+def optimizers(config: DistillConfig, learning_rate: float) -> Optimizers:
+    """Adam on clipped gradients; without momentum, since every network learns against another that moves (DMD2)."""
+
+    def adam(rate: float) -> optax.GradientTransformation:
+        return optax.chain(optax.clip_by_global_norm(config.training.clip), optax.adam(rate, b1=0.0))
+
+    matching = config.matching
+    return Optimizers(adam(learning_rate), adam(matching.proxy_learning_rate), adam(matching.head_learning_rate))
+
+
+def _pipeline(loaded: Checkpoint, config: DistillConfig) -> FlashPipeline:
+    tokenizers = {name: load_tokenizer(name, folder) for name, folder in loaded.tokenizers.items()}
+    return FlashPipeline(loaded.config, loaded.components, tokenizers, config.training.max_t5_tokens)
+
+
+@partial(jax.jit, static_argnames=("velocity", "levels", "indices", "guidance"))
+def _synthesize(
+    teacher: Params,
+    noise: Array,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    *,
+    velocity: Any,
+    levels: tuple[float, ...],
+    indices: tuple[int, ...],
+    guidance: float,
+) -> Array:
+    strong = guided(velocity(teacher), conditioning, negative, guidance)
+    return synthesize_trajectory(strong, noise, jnp.array(levels), np.array(indices), conditioning)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by number: what Orbax stores."""
+    return {f"{index:06d}": leaf for index, leaf in enumerate(jax.tree.leaves(tree))}
