@@ -17,6 +17,7 @@ import math
 import os
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 _CHUNK_BYTES = 2**28
+_WRITERS = 2  # One piece is copied to the system while the disk takes the one before, and the next is made ready.
 
 # Orbax warns at every save that is not in its OCDBT format; ours is plain zarr by choice.
 logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
@@ -268,19 +270,19 @@ class _StreamedArrayHandler(type_handlers.NumpyHandler):
         args: Sequence[type_handlers.SaveArgs] | None = None,
     ) -> list[Any]:
         # Nothing is awaited: an interrupt must not find a write of which only a closed event loop knows.
-        with ThreadPoolExecutor(1) as writer:
-            writing: Future[None] | None = None
+        with ThreadPoolExecutor(_WRITERS) as writers:
+            writing: deque[Future[None]] = deque()
             for value, info in zip(values, infos):
                 for number, (index, piece) in enumerate(value.pieces()):
                     chunks = value.shape if index is ... else (1, *value.shape[1:])
                     if number == 0:
                         _create_zarr(info.path, value, chunks)
                     key = ".".join(map(str, (0 if index is ... else index, *[0] * (len(chunks) - 1))))
-                    if writing is not None:
-                        writing.result()  # One piece is written while the next is made ready.
-                    writing = writer.submit(_write_chunk, info.path / key, piece.reshape(chunks), value.dtype)
-            if writing is not None:
-                writing.result()
+                    if len(writing) == _WRITERS:
+                        writing.popleft().result()
+                    writing.append(writers.submit(_write_chunk, info.path / key, piece.reshape(chunks), value.dtype))
+            for written in writing:
+                written.result()
         return []
 
 
