@@ -1,5 +1,5 @@
 """The published dimensions, with random weights: run by hand with `pytest -m slow -s tests/true_size`. Needs 24 GiB of
-memory and 30 GB of disk; each step runs in a process of its own."""
+memory and 50 GB of disk; each step runs in a process of its own."""
 
 import json
 import shutil
