@@ -2,8 +2,7 @@
 convolutions, two for each multiply-add. Elementwise work, under one percent at true size, is left out."""
 
 from sd35flash_jax.config import CLIPConfig, MMDiTConfig, T5Config, VAEConfig
-
-SINUSOIDS = 256
+from sd35flash_jax.models.mmdit import SINUSOIDS
 
 
 def transformer_flops(config: MMDiTConfig, latent_height: int, latent_width: int, text_tokens: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.cases import LOOP_STEPS, TEXT_TOKENS, TIMESTEP, Case, Request
+from benchmarks.cases import TEXT_TOKENS, TIMESTEP, Case, Request, repetitions
 from benchmarks.machine import jax_device_name, jax_peak_bytes, versions
 from sd35flash_jax.config import MMDiTConfig
 from sd35flash_jax.pipeline import DOWNSAMPLING
@@ -40,8 +40,7 @@ class KerasHubPeer:
             self._evaluate = None  # A model is bound to its size: the one before makes room first.
             self._evaluate, self._side = evaluation(config, side, self.request.dtype), side
         evaluate, inputs = self._evaluate, random_inputs(config, case.batch, side, self.request.dtype)
-        repetitions = LOOP_STEPS if case.item == "step" else 1
-        return lambda: jax.block_until_ready([evaluate(inputs) for _ in range(repetitions)])
+        return lambda: jax.block_until_ready([evaluate(inputs) for _ in range(repetitions(case.item))])
 
     def peak_memory(self) -> int:
         return jax_peak_bytes()

@@ -14,7 +14,7 @@ from benchmarks.cases import ITEMS, LOOP_STEPS, T5_TOKENS, TEXT_TOKENS, TIMESTEP
 from benchmarks.machine import jax_device_name, jax_peak_bytes, versions
 from benchmarks.timing import measure
 from sd35flash_jax import compilation
-from sd35flash_jax.checkpoint import abstract_component, parameters, with_parameters
+from sd35flash_jax.checkpoint import abstract_component, parameters, runs_stacked, with_parameters
 from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
 from sd35flash_jax.pipeline import DOWNSAMPLING, FlashPipeline, image_bytes
 from sd35flash_jax.text import Conditioning
@@ -100,7 +100,7 @@ class Ours:
 def random_component(name: str, config: ModelConfig, dtype: str) -> nnx.Module:
     """A component with random parameters: kernels scaled by their inputs, so that activations stay near one, the norms'
     scales around one."""
-    module = abstract_component(name, config, stacked=jax.default_backend() != "gpu")
+    module = abstract_component(name, config, stacked=runs_stacked(jax.default_backend()))
     draw = np.random.default_rng(0)
     made = {path: _random(path, array.shape, dtype, draw) for path, array in parameters(module).items()}
     return with_parameters(module, jax.block_until_ready(made))

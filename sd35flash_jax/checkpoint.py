@@ -101,9 +101,14 @@ def abstract_component(name: str, config: ModelConfig, stacked: bool = True) -> 
     return module if stacked else unstacked(module)
 
 
-def parameters(module: nnx.Module) -> dict[str, Any]:
-    """Every array of a module by its dotted path; the layers of a stack share one array."""
-    return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(module))}
+def runs_stacked(platform: str) -> bool:
+    """Whether a pipeline runs blocks as stacks on a platform; training does everywhere, for their fast compilation."""
+    return platform != "gpu"
+
+
+def parameters(module: nnx.Module, kind: type[nnx.Variable] = nnx.Variable) -> dict[str, Any]:
+    """Every array of a module, or those of a kind, by dotted path; the layers of a stack share one array."""
+    return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(module, kind))}
 
 
 @lru_cache(maxsize=len(COMPONENTS))

@@ -132,8 +132,7 @@ class ModelConfig:
         try:
             config = _ADAPTER.validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
-            faults = [".".join(map(str, fault["loc"])) + ": " + fault["msg"] for fault in error.errors()]
-            raise ValueError("the model configuration is not valid: " + "; ".join(faults)) from None
+            raise ValueError(f"the model configuration is not valid: {describe_faults(error)}") from None
         _check_unknown_fields(data, config, "")
         faults = list(_inconsistencies(config))
         if faults:
@@ -142,6 +141,11 @@ class ModelConfig:
 
 
 _ADAPTER = TypeAdapter(ModelConfig)
+
+
+def describe_faults(error: ValidationError) -> str:
+    """Every value that a configuration got wrong, by its place."""
+    return "; ".join(".".join(map(str, fault["loc"])) + ": " + fault["msg"] for fault in error.errors())
 
 
 def _check_unknown_fields(data: dict[str, Any], config: Any, prefix: str) -> None:

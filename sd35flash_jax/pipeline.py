@@ -20,7 +20,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from sd35flash_jax import compilation, sampling
-from sd35flash_jax.checkpoint import load_checkpoint, own_path, parameters, read_config, with_parameters
+from sd35flash_jax.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    own_path,
+    parameters,
+    read_config,
+    runs_stacked,
+    with_parameters,
+)
 from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.models.vae import VAE
@@ -120,8 +128,13 @@ class FlashPipeline:
         present = read_config(path).components
         wanted = [name for name in present if name not in TEXT_ENCODERS]
         wanted += [name for name in present if name in TEXT_ENCODERS] if text_encoders is None else text_encoders
-        stacked = jax.device_put(0, device).sharding.device_set.pop().platform != "gpu"
+        stacked = runs_stacked(jax.device_put(0, device).sharding.device_set.pop().platform)
         checkpoint = load_checkpoint(path, wanted, dtype, device, progress, stacked)
+        return cls.from_checkpoint(checkpoint, max_t5_tokens)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, max_t5_tokens: int = 256) -> "FlashPipeline":
+        """A pipeline of what `load_checkpoint` returned."""
         tokenizers = {name: load_tokenizer(name, folder) for name, folder in checkpoint.tokenizers.items()}
         return cls(checkpoint.config, checkpoint.components, tokenizers, max_t5_tokens)
 

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
-from sd35flash_jax.config import Count, Positive, Size
+from sd35flash_jax.config import Count, Positive, Size, describe_faults
 from sd35flash_jax.distill.split_timestep import branch_steps
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -137,8 +137,7 @@ def read_distill_config(path: Path, overrides: Sequence[str] = ()) -> DistillCon
     try:
         config = TypeAdapter(DistillConfig).validate_python(data)
     except ValidationError as error:
-        faults = [".".join(map(str, fault["loc"])) + ": " + fault["msg"] for fault in error.errors()]
-        raise ValueError(f"{path} is not a valid configuration: {'; '.join(faults)}") from None
+        raise ValueError(f"{path} is not a valid configuration: {describe_faults(error)}") from None
     _check_consistency(config)
     return config
 

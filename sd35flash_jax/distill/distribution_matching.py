@@ -95,17 +95,14 @@ def guidance_direction(
     negative: Any,
     guidance: float,
 ) -> Float[Array, "b ..."]:
-    """The guidance-augmentation term of Decoupled DMD, with the normaliser of `matching_direction`:
+    """The guidance-augmentation term of Decoupled DMD: the matching of the guided teacher against the plain one.
 
         (clean_conditional - clean_guided) / mean |clean_student - clean_guided|
 
     where `clean_conditional - clean_guided = sigma (guidance - 1) (v_positive - v_negative)`.
     """
-    point, clean = jax.lax.stop_gradient((point, clean))
-    conditional = clean_estimate(point, evaluate(teacher, point, sigma, conditioning), sigma)
     strong = guided(teacher, conditioning, negative, guidance)
-    by_guided = clean_estimate(point, evaluate(strong, point, sigma, conditioning), sigma)
-    return jax.lax.stop_gradient(conditional - by_guided) / _distance(clean, by_guided)
+    return matching_direction(strong, teacher, point, sigma, clean, conditioning)
 
 
 def directed_loss(samples: Float[Array, "b ..."], direction: Float[Array, "b ..."]) -> Float[Array, ""]:

@@ -19,8 +19,12 @@ def evaluate(
     velocity: Velocity, latents: Float[Array, "b ..."], sigma: Sigma, conditioning: Any
 ) -> Float[Array, "b ..."]:
     """The velocity at a noise level, float32."""
-    timestep = jnp.broadcast_to(jnp.asarray(sigma) * TRAIN_TIMESTEPS, latents.shape[:1])
-    return velocity(latents, timestep, conditioning).astype(jnp.float32)
+    return velocity(latents, timesteps(sigma, latents), conditioning).astype(jnp.float32)
+
+
+def timesteps(sigma: Sigma, latents: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """The timestep of each row of latents at a noise level."""
+    return jnp.broadcast_to(jnp.asarray(sigma) * TRAIN_TIMESTEPS, latents.shape[:1])
 
 
 def guided(velocity: Velocity, conditioning: Any, negative: Any, guidance: float) -> Velocity:

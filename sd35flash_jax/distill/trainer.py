@@ -28,8 +28,8 @@ from jaxtyping import Array
 from PIL import Image
 from tqdm import tqdm
 
-from sd35flash_jax.checkpoint import Checkpoint, load_checkpoint, parameters, save_checkpoint, with_parameters
-from sd35flash_jax.config import ModelConfig, ScheduleConfig
+from sd35flash_jax.checkpoint import load_checkpoint, parameters, save_checkpoint, with_parameters
+from sd35flash_jax.config import MMDiTConfig, ModelConfig, ScheduleConfig
 from sd35flash_jax.distill.adversarial import init_heads
 from sd35flash_jax.distill.config import DistillConfig
 from sd35flash_jax.distill.flow import guided
@@ -46,10 +46,9 @@ from sd35flash_jax.distill.updates import (
     TrajectoryUpdate,
     begin,
 )
-from sd35flash_jax.models.mmdit import Buffer
 from sd35flash_jax.pipeline import DOWNSAMPLING, FlashPipeline, check_size
 from sd35flash_jax.schedule import choose_sigmas, shifted_sigmas
-from sd35flash_jax.text import Conditioning, clip_widths, load_tokenizer, token_counts
+from sd35flash_jax.text import Conditioning, clip_widths, token_counts
 
 LOSSES = (
     "trajectory",
@@ -98,8 +97,8 @@ class Trainer:
         self.folder = Path(config.training.output).expanduser().absolute()
         self.prompts = read_prompts(Path(config.training.prompts).expanduser())
         self.loaded = load_checkpoint(config.teacher.checkpoint, dtype=config.training.dtype, progress=progress)
-        self._check_fit(self.loaded.config)
-        self.pipeline = _pipeline(self.loaded, config)
+        self.model = self._check_fit(self.loaded.config)
+        self.pipeline = FlashPipeline.from_checkpoint(self.loaded, config.training.max_t5_tokens)
         self.sigmas = (*config.student.sigmas, 0.0)
         self.teacher: Params = parameters(self.loaded.components["transformer"])
         self.stages = self._stages()
@@ -173,8 +172,7 @@ class Trainer:
 
     def _stages(self) -> list[Stage]:
         config, lora = self.config, bool(self.config.student.lora_rank)
-        depth = self.loaded.config.transformer.depth  # type: ignore[union-attr]
-        networks = mmdit_networks(self.loaded.config, lora, head_depths(depth))
+        networks = mmdit_networks(self.loaded.config, lora, head_depths(self.model.depth))
         ema, steps = config.training.ema, len(self.sigmas) - 1
         first = optimizers(config, config.trajectory.learning_rate)
         guidance = TrajectoryUpdate(networks, first, self.sigmas, ema)
@@ -193,7 +191,7 @@ class Trainer:
 
     def _initial_state(self) -> State:
         config, chosen = self.config, self.stages[0].update.optimizers
-        trained = trainable(self.loaded.components["transformer"])
+        trained = parameters(self.loaded.components["transformer"], nnx.Param)  # all but stored tables
         keys = jax.random.split(jax.random.key(config.training.seed), 3)
 
         def fresh(key: Array) -> Params:
@@ -201,11 +199,8 @@ class Trainer:
                 return init_lora(key, trained, config.student.lora_rank)
             return {path: jnp.array(array, jnp.float32) for path, array in trained.items()}
 
-        transformer = self.loaded.config.transformer
-        assert transformer is not None
-        heads = init_heads(
-            keys[2], len(head_depths(transformer.depth)), transformer.hidden_size, config.matching.head_size
-        )
+        count = len(head_depths(self.model.depth))
+        heads = init_heads(keys[2], count, self.model.hidden_size, config.matching.head_size)
         return State(
             student=begin(fresh(keys[0]), chosen.student),
             ema=fresh(keys[0]),
@@ -223,9 +218,7 @@ class Trainer:
         conditioning = self.pipeline.encode(prompts)
         negative = self.pipeline.encode([teaching.negative_prompt] * rows)
         noise_key, dropout_key = jax.random.split(key)
-        transformer = self.loaded.config.transformer
-        assert transformer is not None
-        size = (training.height // DOWNSAMPLING, training.width // DOWNSAMPLING, transformer.latent_channels)
+        size = (training.height // DOWNSAMPLING, training.width // DOWNSAMPLING, self.model.latent_channels)
         widths = clip_widths(self.loaded.config)
         student = drop_text_encoders(
             conditioning,
@@ -316,10 +309,9 @@ class Trainer:
 
     def sample(self, path: Path) -> None:
         """A row of pictures of the configured prompts, one seed each."""
-        pipeline = _pipeline(
-            replace(self.loaded, components=self.loaded.components | {"transformer": self.transformer()}), self.config
-        )
         training = self.config.training
+        components = self.loaded.components | {"transformer": self.transformer()}
+        pipeline = FlashPipeline(self.loaded.config, components, self.pipeline.tokenizers, training.max_t5_tokens)
         result = pipeline(
             list(training.sample_prompts),
             sigmas=self.config.student.sigmas,
@@ -343,7 +335,8 @@ class Trainer:
             source={"distilled from": str(self.config.teacher.checkpoint), "sigmas": list(own)},
         )
 
-    def _check_fit(self, config: ModelConfig) -> None:
+    def _check_fit(self, config: ModelConfig) -> MMDiTConfig:
+        """The teacher's transformer, if this distillation can use it."""
         training = self.config.training
         if config.transformer is None:
             raise ValueError(
@@ -353,6 +346,7 @@ class Trainer:
             raise ValueError(f"{self.config.teacher.checkpoint} has no text encoder to read the prompts with")
         check_size(config, training.height, training.width)
         choose_sigmas(config.schedule, 1, self.config.student.sigmas)
+        return config.transformer
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -384,12 +378,6 @@ def head_depths(depth: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
 
 
-def trainable(transformer: nnx.Module) -> Params:
-    """The parameters that are trained: all but stored tables."""
-    tables = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(transformer, Buffer))}
-    return {path: array for path, array in parameters(transformer).items() if path not in tables}
-
-
 def append_losses(path: Path, update: int, stage: str, values: dict[str, float]) -> None:
     """One row; the columns are those of every stage, so that a file stays one table."""
     new = not path.exists()
@@ -419,11 +407,6 @@ def optimizers(config: DistillConfig, learning_rate: float) -> Optimizers:
 
     matching = config.matching
     return Optimizers(adam(learning_rate), adam(matching.proxy_learning_rate), adam(matching.head_learning_rate))
-
-
-def _pipeline(loaded: Checkpoint, config: DistillConfig) -> FlashPipeline:
-    tokenizers = {name: load_tokenizer(name, folder) for name, folder in loaded.tokenizers.items()}
-    return FlashPipeline(loaded.config, loaded.components, tokenizers, config.training.max_t5_tokens)
 
 
 @partial(jax.jit, static_argnames=("velocity", "levels", "indices", "guidance"))

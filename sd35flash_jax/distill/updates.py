@@ -32,7 +32,7 @@ from sd35flash_jax.distill.distribution_matching import (
     shared_sigmas,
     student_point,
 )
-from sd35flash_jax.distill.flow import TRAIN_TIMESTEPS, Velocity, add_noise, guided, rollout
+from sd35flash_jax.distill.flow import Velocity, add_noise, guided, rollout, timesteps
 from sd35flash_jax.distill.split_timestep import average
 from sd35flash_jax.distill.trajectory import trajectory_guidance_loss
 
@@ -212,7 +212,7 @@ class MatchingUpdate:
         direction = matching_direction(target, proxy, point, level, clean, batch.conditioning)
         matching = directed_loss(point if config.points == "shared" else clean, direction)
         if not joint:
-            noisier, noisier_level = renoise(clean, self._arrival(index), 1.0, guidance_key)
+            noisier, noisier_level = renoise(clean, jnp.array(self.sigmas)[index + 1], 1.0, guidance_key)
             augmentation = guidance_direction(
                 plain, noisier, noisier_level, clean, batch.conditioning, batch.negative, config.guidance
             )
@@ -221,7 +221,7 @@ class MatchingUpdate:
         if not config.adversarial_weight:
             return matching, metrics
         features = networks.features(state.proxy.params, teacher)
-        seen = features(point, _timesteps(level, point), batch.conditioning)
+        seen = features(point, timesteps(level, point), batch.conditioning)
         metrics["adversarial"] = adversarial_loss(state.heads.params, seen)
         return matching + config.adversarial_weight * metrics["adversarial"], metrics
 
@@ -243,7 +243,7 @@ class MatchingUpdate:
                 return metrics["proxy"], metrics
             point, level, _ = self._compared(student, latents, index, micro, point_key)
             features = self.networks.features(jax.lax.stop_gradient(proxy_params), teacher)
-            timestep = _timesteps(level, point)
+            timestep = timesteps(level, point)
             real = add_noise(micro.real, jax.random.normal(real_key, point.shape), level)
             metrics["discriminator"] = discriminator_loss(
                 heads, features(real, timestep, micro.conditioning), features(point, timestep, micro.conditioning)
@@ -285,9 +285,6 @@ class MatchingUpdate:
     def _matched(self) -> Array:
         return jnp.asarray(shared_sigmas(np.array(self.sigmas), self.config.end_sigma))
 
-    def _arrival(self, index: Array) -> Array:
-        return jnp.array(self.sigmas)[index + 1]
-
     def _reinitialise_heads(self, state: State, key: Array) -> State:
         draw_key, init_key = jax.random.split(key)
         heads = state.heads
@@ -295,7 +292,3 @@ class MatchingUpdate:
         chosen = draw_reinitialised(draw_key, count, self.config.reinitialise)
         fresh = begin(init_heads(init_key, count, feature_size, hidden_size), self.optimizers.heads)
         return replace(state, heads=replace_heads(chosen, fresh, heads))
-
-
-def _timesteps(sigma: Array, latents: Array) -> Float[Array, " b"]:
-    return jnp.broadcast_to(sigma * TRAIN_TIMESTEPS, latents.shape[:1])

@@ -13,12 +13,28 @@ _ROWS = 16
 _NORM_ROWS = 4
 
 
-def write_heads(
+def join_heads(
+    tokens: tuple[int, ...],
+    heads: int,
+    streams: Sequence[tuple[Float[Array, "b t c3"], tuple[Float[Array, " d"], Float[Array, " d"]] | None]],
+    interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of all streams, in one reading and one writing of each: see `layers.joined_heads`."""
+    first = streams[0][0]
+    batch, head_size = len(first), first.shape[-1] // 3 // heads
+    rows, keys = [qkv.shape[1] for qkv, _ in streams], sum(tokens)
+    query, key, value = (jnp.empty((batch, count, heads, head_size), first.dtype) for count in (sum(rows), keys, keys))
+    for index, (qkv, scales) in enumerate(streams):
+        query, key, value = _write_heads(qkv, scales, (query, key, value), sum(rows[:index]), interpret)
+    return query, key, value
+
+
+def _write_heads(
     qkv: Float[Array, "b t c3"],
     scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None,
     into: tuple[Float[Array, "b q n d"], Float[Array, "b k n d"], Float[Array, "b k n d"]],
     at: int,
-    interpret: bool = False,
+    interpret: bool,
 ) -> tuple[Array, Array, Array]:
     """Cut a fused projection into heads, RMS-norm its queries and keys if they have scales, and write its rows into
     `(query, key, value)` from row `at` on, in place; rows beyond the end of an array are dropped."""
@@ -60,11 +76,11 @@ def write_heads(
 
 
 def add_and_norm(
+    gates: tuple[int, ...],
+    norms: tuple[tuple[int, int], ...],
     x: Float[Array, "b t c"],
     updates: Sequence[Float[Array, "b t c"]],
     vectors: Float[Array, "b v"],
-    gates: tuple[int, ...],
-    norms: tuple[tuple[int, int], ...],
     interpret: bool = False,
 ) -> tuple[Float[Array, "b t c"], list[Float[Array, "b t c"]]]:
     """`x` plus each update times its gate, and that sum's adaptive layer norms, in one reading of each and one writing

@@ -53,6 +53,23 @@ def _compute_capability() -> float:
     return float(device.compute_capability) if "cuda" in device.client.platform_version.lower() else 0.0
 
 
+def _on_hopper(kernel: Callable[..., Any], portable: Callable[..., Any], *arrays: Any) -> Any:
+    """What `portable` makes of the arrays: by `kernel`, one of our own that computes the same, on a Hopper GPU."""
+    if _compute_capability() != 9:
+        return portable(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=differentiable(kernel, portable), default=portable)
+
+
+def differentiable(kernel: Callable[..., Any], portable: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel with the gradient of its portable twin."""
+    with_gradient = jax.custom_vjp(kernel)
+    with_gradient.defvjp(
+        lambda *arrays: (kernel(*arrays), arrays),
+        lambda arrays, cotangents: jax.vjp(portable, *arrays)[1](cotangents),
+    )
+    return with_gradient
+
+
 def split_heads(qkv: Float[Array, "b t c3"], heads: int) -> tuple[Array, Array, Array]:
     """Cut a fused projection into query, key and value of `(batch, tokens, heads, head_size)` each."""
     batch, tokens, width = qkv.shape
@@ -77,13 +94,12 @@ def joined_heads(streams: Sequence[Projected], heads: int) -> tuple[Array, Array
     """
     arrays = tuple((stream.qkv, stream.scales) for stream in streams)
     tokens = tuple(stream.tokens for stream in streams)
-    portable = partial(_joined_heads, tokens=tokens, heads=heads)
-    if _compute_capability() != 9:
-        return portable(arrays)
-    return jax.lax.platform_dependent(arrays, cuda=partial(_joined_heads_in_one_pass, tokens, heads), default=portable)
+    return _on_hopper(
+        partial(gpu_kernels.join_heads, tokens, heads), partial(_portable_joined_heads, tokens, heads), arrays
+    )
 
 
-def _joined_heads(arrays: Any, tokens: tuple[int, ...], heads: int) -> tuple[Array, Array, Array]:
+def _portable_joined_heads(tokens: tuple[int, ...], heads: int, arrays: Any) -> tuple[Array, Array, Array]:
     queries, keys, values = [], [], []
     for (qkv, scales), count in zip(arrays, tokens):
         query, key, value = split_heads(qkv, heads)
@@ -91,26 +107,6 @@ def _joined_heads(arrays: Any, tokens: tuple[int, ...], heads: int) -> tuple[Arr
         keys.append((rms_norm(key, scales[1]) if scales else key)[:, :count])
         values.append(value[:, :count])
     return jnp.concatenate(queries, axis=1), jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _joined_heads_in_one_pass(tokens: tuple[int, ...], heads: int, arrays: Any) -> tuple[Array, Array, Array]:
-    first = arrays[0][0]
-    batch, head_size = len(first), first.shape[-1] // 3 // heads
-    rows = [qkv.shape[1] for qkv, _ in arrays]
-    keys = sum(tokens)
-    query, key, value = (jnp.empty((batch, count, heads, head_size), first.dtype) for count in (sum(rows), keys, keys))
-    for (qkv, scales), at in zip(arrays, (sum(rows[:index]) for index in range(len(rows)))):
-        query, key, value = gpu_kernels.write_heads(qkv, scales, (query, key, value), at)
-    return query, key, value
-
-
-_joined_heads_in_one_pass.defvjp(
-    lambda tokens, heads, arrays: (_joined_heads_in_one_pass(tokens, heads, arrays), arrays),
-    lambda tokens, heads, arrays, cotangents: jax.vjp(partial(_joined_heads, tokens=tokens, heads=heads), arrays)[1](
-        cotangents
-    ),
-)
 
 
 def embed(table: nnx.Embed, ids: Int[Array, "..."]) -> Float[Array, "... c"]:
@@ -138,15 +134,17 @@ def add_and_norm(
     Gates, shifts and scales are named by their place among `vectors`, the conditioning's vectors side by side. On a
     Hopper GPU a kernel of our own does it in one pass.
     """
-    portable = partial(_add_and_norm, gates=gates, norms=norms)
-    if _compute_capability() != 9:
-        return portable(x, updates, vectors)
-    in_one_pass = partial(_add_and_norm_in_one_pass, gates, norms)
-    return jax.lax.platform_dependent(x, updates, vectors, cuda=in_one_pass, default=portable)
+    return _on_hopper(
+        partial(gpu_kernels.add_and_norm, gates, norms),
+        partial(_portable_add_and_norm, gates, norms),
+        x,
+        updates,
+        vectors,
+    )
 
 
-def _add_and_norm(
-    x: Array, updates: Sequence[Array], vectors: Array, gates: tuple[int, ...], norms: tuple[tuple[int, int], ...]
+def _portable_add_and_norm(
+    gates: tuple[int, ...], norms: tuple[tuple[int, int], ...], x: Array, updates: Sequence[Array], vectors: Array
 ) -> tuple[Array, list[Array]]:
     given = jnp.split(vectors[:, None].astype(jnp.float32), vectors.shape[-1] // x.shape[-1], axis=-1)
     total = x.astype(jnp.float32)
@@ -164,21 +162,6 @@ def adaptive_layer_norm(
     centred = wide - wide.mean(axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
     return (normed * (1 + scale.astype(jnp.float32)) + shift).astype(x.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _add_and_norm_in_one_pass(
-    gates: tuple[int, ...], norms: tuple[tuple[int, int], ...], x: Array, updates: Sequence[Array], vectors: Array
-) -> tuple[Array, list[Array]]:
-    return gpu_kernels.add_and_norm(x, updates, vectors, gates, norms)
-
-
-_add_and_norm_in_one_pass.defvjp(
-    lambda gates, norms, *arrays: (_add_and_norm_in_one_pass(gates, norms, *arrays), arrays),
-    lambda gates, norms, arrays, cotangents: jax.vjp(partial(_add_and_norm, gates=gates, norms=norms), *arrays)[1](
-        cotangents
-    ),
-)
 
 
 def sinusoidal_embedding(timestep: Num[Array, " b"], size: int, max_period: float = 10_000.0) -> Float[Array, "b c"]:
@@ -219,7 +202,7 @@ def _layers(array: Any) -> Iterable[Any]:
 
 def map_blocks(blocks: nnx.Module, apply: Callable[[Any], Any]) -> Any:
     """What `apply` makes of each block: stacked for a stack, a list for a list."""
-    return [apply(block) for block in blocks] if isinstance(blocks, nnx.List) else jax.vmap(apply)(blocks)
+    return [apply(block) for block in blocks] if isinstance(blocks, nnx.List) else jax.lax.map(apply, blocks)
 
 
 def scan_blocks(blocks: nnx.Module, carry: Any, apply: Callable[..., Any], *each: Any) -> Any:

@@ -128,7 +128,6 @@ class JointBlock(nnx.Module):
     """Both streams with their joint attention."""
 
     def __init__(self, config: MMDiTConfig, *, dual: bool = False, last: bool = False, rngs: nnx.Rngs):
-        self.dual = dual
         self.image = Stream(config, dual=dual, rngs=rngs)
         self.context = PreOnlyStream(config, rngs=rngs) if last else Stream(config, rngs=rngs)
 
@@ -145,7 +144,8 @@ class JointBlock(nnx.Module):
     ) -> tuple[Array, Array]:
         """Of the context, the first `context_tokens` rows are attended to."""
         image_vectors, context_vectors = modulation
-        norms = ((SHIFT, SCALE), (SHIFT_2, SCALE_2))[: 1 + self.dual]
+        dual = self.image.second_attention is not None
+        norms = ((SHIFT, SCALE), (SHIFT_2, SCALE_2))[: 1 + dual]
         _, [normed_image, *rest] = add_and_norm(image, [], image_vectors, (), norms)
         _, [normed_context] = add_and_norm(context, [], context_vectors, (), ((SHIFT, SCALE),))
         from_image = self.image.attention.project(normed_image, image.shape[1])
@@ -153,7 +153,7 @@ class JointBlock(nnx.Module):
         mixed = attention(*joined_heads([from_image, from_context], self.image.attention.heads))
         to_image, to_context = jnp.split(mixed, [image.shape[1]], axis=1)
 
-        image = self.image.update(image, to_image, rest[0] if self.dual else None, image_vectors)
+        image = self.image.update(image, to_image, rest[0] if dual else None, image_vectors)
         if isinstance(self.context, Stream):
             context = self.context.update(context, to_context, None, context_vectors)
         return image, context

@@ -18,9 +18,20 @@ INTERPRETED = pytest.param(True, id="interpreted")
 
 @pytest.fixture(params=[INTERPRETED, COMPILED], autouse=True)
 def kernels(request, monkeypatch):
-    for name in ("write_heads", "add_and_norm"):
+    for name in ("join_heads", "add_and_norm"):
         kernel = getattr(gpu_kernels, name)
         monkeypatch.setattr(gpu_kernels, name, partial(kernel, interpret=request.param))
+
+
+def joined(tokens: tuple[int, ...], heads: int):
+    """The kernel with its gradient, and its twin."""
+    portable = partial(layers._portable_joined_heads, tokens, heads)
+    return layers.differentiable(partial(gpu_kernels.join_heads, tokens, heads), portable), portable
+
+
+def added(gates: tuple[int, ...], norms: tuple[tuple[int, int], ...]):
+    portable = partial(layers._portable_add_and_norm, gates, norms)
+    return layers.differentiable(partial(gpu_kernels.add_and_norm, gates, norms), portable), portable
 
 
 def values(seed: int, *shape: int, dtype: str = "bfloat16") -> jax.Array:
@@ -49,9 +60,10 @@ def streams(rows: list[int], heads: int, normed: bool, batch: int = 2, head_size
 )
 def test_heads_are_joined_as_by_the_portable_twin(image, context, heads, normed):
     arrays = streams([image, context + 5], heads, normed)
-    made = layers._joined_heads_in_one_pass((image, context), heads, arrays)
+    kernel, portable = joined((image, context), heads)
+    made = kernel(arrays)
     assert made[0].shape[1] == image + context + 5 and made[1].shape[1] == image + context
-    assert_equal_but_for_one_rounding(made, layers._joined_heads(arrays, (image, context), heads))
+    assert_equal_but_for_one_rounding(made, portable(arrays))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +73,8 @@ def test_heads_are_joined_as_by_the_portable_twin(image, context, heads, normed)
 def test_residual_sums_are_normed_as_by_the_portable_twin(tokens, size, gates, norms):
     x, vectors = values(0, 2, tokens, size), values(9, 2, 9 * size)
     updates = [values(index + 1, 2, tokens, size) for index in range(len(gates))]
-    made = layers._add_and_norm_in_one_pass(gates, norms, x, updates, vectors)
-    assert_equal_but_for_one_rounding(made, layers._add_and_norm(x, updates, vectors, gates, norms))
+    kernel, portable = added(gates, norms)
+    assert_equal_but_for_one_rounding(kernel(x, updates, vectors), portable(x, updates, vectors))
 
 
 def test_gradients_are_those_of_the_portable_twins():
@@ -71,12 +83,11 @@ def test_gradients_are_those_of_the_portable_twins():
             jnp.square(out.astype(jnp.float32)).sum() for out in jax.tree.leaves(function(*arrays))
         )
 
+    kernel, portable = joined((5, 2), 2)
     arrays = streams([5, 3], 2, True)
-    one = jax.grad(loss(lambda arrays: layers._joined_heads_in_one_pass((5, 2), 2, arrays)))(arrays)
-    other = jax.grad(loss(lambda arrays: layers._joined_heads(arrays, (5, 2), 2)))(arrays)
-    assert_equal_but_for_one_rounding(one, other)
+    assert_equal_but_for_one_rounding(jax.grad(loss(kernel))(arrays), jax.grad(loss(portable))(arrays))
 
-    x, updates, vectors = values(0, 2, 5, 64), [values(1, 2, 5, 64)], values(2, 2, 6 * 64)
-    one = jax.grad(loss(partial(layers._add_and_norm_in_one_pass, (2,), ((0, 1),))), (0, 1, 2))(x, updates, vectors)
-    other = jax.grad(loss(partial(layers._add_and_norm, gates=(2,), norms=((0, 1),))), (0, 1, 2))(x, updates, vectors)
-    assert_equal_but_for_one_rounding(one, other)
+    kernel, portable = added((2,), ((0, 1),))
+    arrays = values(0, 2, 5, 64), [values(1, 2, 5, 64)], values(2, 2, 6 * 64)
+    every = (0, 1, 2)
+    assert_equal_but_for_one_rounding(jax.grad(loss(kernel), every)(*arrays), jax.grad(loss(portable), every)(*arrays))
