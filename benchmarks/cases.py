@@ -9,9 +9,8 @@ import numpy as np
 from benchmarks.flops import clip_flops, decoder_flops, t5_flops, transformer_flops
 from sd35flash_jax.config import TEXT_ENCODERS, CLIPConfig, ModelConfig, T5Config
 from sd35flash_jax.pipeline import DOWNSAMPLING, check_size
-from sd35flash_jax.text import CLIP_TOKENS
 
-T5_TOKENS = 256
+CLIP_TOKENS, T5_TOKENS = CLIPConfig.positions, T5Config.max_tokens
 TEXT_TOKENS = CLIP_TOKENS + T5_TOKENS
 LOOP_STEPS = 16
 TIMESTEP = 857.0

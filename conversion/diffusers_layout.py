@@ -254,6 +254,8 @@ _CLIP_FIELDS = {
     "norm_epsilon": "layer_norm_eps",
     "eos_token_id": "eos_token_id",
 }
+# A key of our own, named after the option of diffusers' pipeline that has to be given this number.
+MAX_TOKENS = "max_sequence_length"
 _T5_FIELDS = {
     "hidden_size": "d_model",
     "layers": "num_layers",
@@ -264,6 +266,7 @@ _T5_FIELDS = {
     "position_buckets": "relative_attention_num_buckets",
     "position_max_distance": "relative_attention_max_distance",
     "norm_epsilon": "layer_norm_epsilon",
+    "max_tokens": MAX_TOKENS,
 }
 
 
@@ -306,6 +309,7 @@ def clip_config(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def t5_config(data: dict[str, Any]) -> dict[str, Any]:
+    data = {MAX_TOKENS: T5Config.max_tokens} | data
     _require("T5 text encoder", data, "feed_forward_proj", ("gated-gelu",), absent=None)
     return _select("T5 text encoder", data, _T5_FIELDS)
 

@@ -26,7 +26,6 @@ from sd35flash_jax.text import Conditioning, clip_widths, load_tokenizer, token_
 
 PROMPTS = ("a red fox in the snow, golden hour", "three strawberries on a blue plate; it's an oil painting!")
 TIMESTEPS = (1000.0, 602.15, 8.93)
-T5_TOKENS = 256
 COMPONENT_TOLERANCE = 1e-4
 END_TO_END_TOLERANCE = 1e-3
 
@@ -177,10 +176,10 @@ def _encode_with_reference(folder: Path, config: ModelConfig, name: str, texts: 
     kind = transformers.T5EncoderModel if name == "t5" else transformers.CLIPTextModelWithProjection
     model = kind.from_pretrained(folder / FOLDERS[name], dtype=torch.float32, use_safetensors=True).eval()
     tokenizer = load_tokenizer(name, folder / TOKENIZER_FOLDERS[name])
-    count = token_counts(config, T5_TOKENS)[name]
+    count = token_counts(config, config.t5_tokens)[name]
     tokens = tokenizer(list(texts), padding="max_length", max_length=count, truncation=True, return_tensors="pt")
     if name == "t5":
-        part["context"][:, -T5_TOKENS:] = model(tokens.input_ids)[0].numpy()
+        part["context"][:, -count:] = model(tokens.input_ids)[0].numpy()
         return part
     encoded = model(tokens.input_ids, output_hidden_states=True)
     start = 0 if name == "clip_l" else clip_widths(config)["clip_l"]
@@ -192,7 +191,7 @@ def _encode_with_reference(folder: Path, config: ModelConfig, name: str, texts: 
 
 def _zero_embeds(config: ModelConfig, batch: int) -> Embeds:
     assert config.transformer is not None
-    tokens = token_counts(config, T5_TOKENS)["clip_l"] + T5_TOKENS
+    tokens = token_counts(config, config.t5_tokens)["clip_l"] + config.t5_tokens
     shapes = {
         "context": (batch, tokens, config.transformer.context_size),
         "pooled": (batch, config.transformer.pooled_size),

@@ -40,6 +40,8 @@ from sd35flash_jax.models.mmdit import MMDiT
 from sd35flash_jax.models.t5 import T5Encoder
 from sd35flash_jax.models.vae import VAE
 
+BUNDLED = Path(__file__).parent / "flash_mini"
+"""The checkpoint that the package carries."""
 FORMAT = 1
 DTYPES = ("bfloat16", "float32")
 _MODULES: dict[str, Callable[..., Model]] = {
@@ -317,6 +319,21 @@ _STREAMING_REGISTRY = type_handlers.create_type_handler_registry(
 
 
 # Reading
+
+
+def bundled_checkpoint() -> Path:
+    """The checkpoint in this package.
+
+    Raises:
+        CheckpointError: this installation has none.
+    """
+    if not BUNDLED.is_dir():
+        raise CheckpointError(
+            "no model is bundled with this installation of sd35flash-jax, so a checkpoint must be named: download the "
+            "diffusers folder of Stable Diffusion 3.5, convert it with `sd35flash-jax convert FOLDER CHECKPOINT`, and "
+            "give CHECKPOINT"
+        )
+    return BUNDLED
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:

@@ -79,18 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make an image from a prompt", formatter_class=_Defaults)
     generate.set_defaults(run=_generate)
     generate.add_argument("prompt")
-    generate.add_argument("--checkpoint", type=Path, help="checkpoint directory, as made by convert")
+    text = "checkpoint directory, as made by convert; the bundled model unless given"
+    generate.add_argument("--checkpoint", type=Path, help=text)
     generate.add_argument("--output", type=Path, default=Path("image.png"), help="PNG file to write")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--steps", type=int, default=4)
     generate.add_argument("--sigmas", type=float, nargs="+", help="falling noise levels in (0, 1], in place of --steps")
     generate.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; none up to 1")
     generate.add_argument("--negative", default="", metavar="PROMPT", help="prompt to guide away from")
-    generate.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 16")
-    generate.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 16")
+    generate.add_argument("--height", type=int, help="pixels, a multiple of 16; the model's own size unless given")
+    generate.add_argument("--width", type=int, help="as --height")
     generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     generate.add_argument("--text-encoders", nargs="+", help="load these alone, of clip_l, clip_g and t5")
-    generate.add_argument("--max-t5-tokens", type=int, default=256)
+    generate.add_argument("--max-t5-tokens", type=int, help="tokens that T5 reads; the checkpoint's own number")
     _add_lora_options(generate)
 
     convert = commands.add_parser(
@@ -185,17 +186,17 @@ class _Defaults(argparse.HelpFormatter):
 
 def _generate(options: argparse.Namespace) -> None:
     from conversion.lora import open_loras
-    from sd35flash_jax.checkpoint import read_config
+    from sd35flash_jax.checkpoint import bundled_checkpoint, read_config
     from sd35flash_jax.pipeline import FlashPipeline, check_request
 
     output: Path = options.output.expanduser()
     loras = _loras(options)
     # What can be refused is refused before the weights are loaded.
-    if options.checkpoint:
-        config = read_config(options.checkpoint)
-        request = (options.steps, options.sigmas, options.guidance, options.height, options.width, options.seed)
-        check_request(config, 1, *request)
-        open_loras(loras, config)
+    checkpoint: Path = options.checkpoint or bundled_checkpoint()
+    config = read_config(checkpoint)
+    request = (options.steps, options.sigmas, options.guidance, options.height, options.width, options.seed)
+    check_request(config, 1, *request)
+    open_loras(loras, config)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise ValueError(f"{output} does not name a PNG file; end it in .png")
     if not os.access(output.absolute().parent, os.W_OK):
@@ -203,7 +204,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.negative and options.guidance <= 1:
         warnings.warn("--negative has no effect without --guidance above 1", stacklevel=1)
     pipe = FlashPipeline.from_pretrained(
-        options.checkpoint,
+        checkpoint,
         dtype=options.dtype,
         text_encoders=options.text_encoders,
         max_t5_tokens=options.max_t5_tokens,
@@ -222,7 +223,7 @@ def _generate(options: argparse.Namespace) -> None:
         sigmas=options.sigmas,
         progress=True,
     )
-    _write_png(result.images[0], result.metadata[0] | {"checkpoint": options.checkpoint.absolute().name}, output)
+    _write_png(result.images[0], result.metadata[0] | {"checkpoint": checkpoint.absolute().name}, output)
     print("  ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.timings.items()), file=sys.stderr)
     print(output)
 

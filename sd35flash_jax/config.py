@@ -17,6 +17,8 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 TEXT_ENCODERS = ("clip_l", "clip_g", "t5")
 COMPONENTS = ("transformer", "vae", *TEXT_ENCODERS)
+DOWNSAMPLING = 8
+"""Pixels of a side to one latent of it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ class CLIPConfig:
 
 @dataclass(frozen=True)
 class T5Config:
-    """The encoder of a T5 v1.1 (gated tanh-GELU, no biases, relative positions)."""
+    """The encoder of a T5 v1.1 (gated tanh-GELU, no biases, relative positions).
+
+    Its weights take any number of tokens; `max_tokens` is how many the transformer was trained with.
+    """
 
     hidden_size: Size = 4096
     layers: Layers = 24
@@ -91,6 +96,7 @@ class T5Config:
     position_buckets: Size = 32
     position_max_distance: Size = 128
     norm_epsilon: Positive = 1e-6
+    max_tokens: Size = 256
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,17 @@ class ModelConfig:
     def components(self) -> tuple[str, ...]:
         """Names of the components that are present, in the order of `COMPONENTS`."""
         return tuple(name for name in COMPONENTS if getattr(self, name) is not None)
+
+    @property
+    def default_size(self) -> int:
+        """The side, in pixels, of the square pictures that the transformer was trained for last."""
+        transformer = self.transformer or MMDiTConfig
+        return transformer.position_base * transformer.patch_size * DOWNSAMPLING
+
+    @property
+    def t5_tokens(self) -> int:
+        """How many tokens T5 reads unless told otherwise, or how many rows of zeros stand for it."""
+        return (self.t5 or T5Config).max_tokens
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -190,6 +207,8 @@ def _inconsistencies(config: ModelConfig) -> Iterator[str]:
         yield f"the CLIP encoders' widths {width} are more than transformer.context_size {transformer.context_size}"
     if width > transformer.pooled_size or (len(clips) == 2 and width != transformer.pooled_size):
         yield f"the CLIP encoders' widths {width} do not make transformer.pooled_size {transformer.pooled_size}"
+    if len({clip.positions for clip in clips.values()}) == 2:
+        yield f"clip_l.positions {clips['clip_l'].positions} are not clip_g's {clips['clip_g'].positions}"
     if vae is not None and vae.latent_channels != transformer.latent_channels:
         yield f"vae.latent_channels {vae.latent_channels} are not transformer's {transformer.latent_channels}"
 

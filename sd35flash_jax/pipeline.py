@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sd35flash_jax import compilation, sampling
 from sd35flash_jax.checkpoint import (
     Checkpoint,
+    bundled_checkpoint,
     load_checkpoint,
     own_path,
     parameters,
@@ -29,7 +30,7 @@ from sd35flash_jax.checkpoint import (
     runs_stacked,
     with_parameters,
 )
-from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
+from sd35flash_jax.config import DOWNSAMPLING, TEXT_ENCODERS, ModelConfig
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.models.vae import VAE
 from sd35flash_jax.schedule import choose_sigmas
@@ -37,12 +38,6 @@ from sd35flash_jax.text import Conditioning, encode_tokens, load_tokenizer, toke
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DOWNSAMPLING = 8
-NO_BUNDLED_MODEL = (
-    "no model ships with this version of sd35flash-jax, so a checkpoint must be named: download the diffusers folder "
-    "of Stable Diffusion 3.5, convert it with `sd35flash-jax convert FOLDER CHECKPOINT`, and give CHECKPOINT"
-)
 
 
 @dataclass(frozen=True)
@@ -72,16 +67,16 @@ class FlashPipeline:
         config: ModelConfig,
         components: Mapping[str, nnx.Module],
         tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
-        max_t5_tokens: int = 256,
+        max_t5_tokens: int | None = None,
     ):
         if not components:
             raise ValueError("there is no component to run: the checkpoint is empty, or all of it was left out")
-        if max_t5_tokens < 1:
+        if max_t5_tokens is not None and max_t5_tokens < 1:
             raise ValueError(f"max_t5_tokens must be positive, not {max_t5_tokens}")
         self.config = config
         self.components = dict(components)
         self.tokenizers = dict(tokenizers)
-        self.max_t5_tokens = max_t5_tokens
+        self.max_t5_tokens = config.t5_tokens if max_t5_tokens is None else max_t5_tokens
         self.loras: list[tuple[str, float]] = []
         self._originals: dict[str, dict[str, np.ndarray]] = {}
         self._frozen_components: dict[str, tuple[nnx.Module, Frozen]] = {}
@@ -96,28 +91,28 @@ class FlashPipeline:
         path: str | os.PathLike | None = None,
         dtype: str = "bfloat16",
         text_encoders: str | Sequence[str] | None = None,
-        max_t5_tokens: int = 256,
+        max_t5_tokens: int | None = None,
         device: jax.Device | jax.sharding.Sharding | None = None,
         progress: bool = False,
     ) -> "FlashPipeline":
         """Load a checkpoint directory, and set up compilation as `sd35flash_jax.compilation` says.
 
         Args:
-            path: what `sd35flash-jax convert` made.
+            path: what `sd35flash-jax convert` made; the bundled model unless given.
             dtype: "bfloat16" or "float32".
             text_encoders: which of "clip_l", "clip_g" and "t5" to load; the others give zeros. All that the
                 checkpoint has unless given.
-            max_t5_tokens: how many tokens T5 reads.
+            max_t5_tokens: how many tokens T5 reads; the checkpoint's own number unless given.
             device: where all parameters live, a device or a sharding that replicates; JAX's default device unless
                 given.
             progress: show a bar on standard error.
 
         Raises:
-            ValueError: no path, or an option is out of range.
-            CheckpointError: the checkpoint is missing, damaged, or lacks a component that was asked for.
+            ValueError: an option is out of range.
+            CheckpointError: the checkpoint is missing, damaged, or lacks a component that was asked for; or no path is
+                given and no model is bundled.
         """
-        if path is None:
-            raise ValueError(NO_BUNDLED_MODEL)
+        path = bundled_checkpoint() if path is None else path
         compilation.configure()
         if isinstance(device, jax.sharding.Sharding) and not device.is_fully_replicated:
             raise ValueError(f"the pipeline runs on a device or on a sharding that replicates, not on {device}")
@@ -133,7 +128,7 @@ class FlashPipeline:
         return cls.from_checkpoint(checkpoint, max_t5_tokens)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, max_t5_tokens: int = 256) -> "FlashPipeline":
+    def from_checkpoint(cls, checkpoint: Checkpoint, max_t5_tokens: int | None = None) -> "FlashPipeline":
         """A pipeline of what `load_checkpoint` returned."""
         tokenizers = {name: load_tokenizer(name, folder) for name, folder in checkpoint.tokenizers.items()}
         return cls(checkpoint.config, checkpoint.components, tokenizers, max_t5_tokens)
@@ -145,8 +140,8 @@ class FlashPipeline:
         negative_prompt: str | Sequence[str] = "",
         steps: int = 4,
         guidance: float = 1.0,
-        height: int = 1024,
-        width: int = 1024,
+        height: int | None = None,
+        width: int | None = None,
         seed: int = 0,
         sigmas: Sequence[float] | np.ndarray | None = None,
         progress: bool = False,
@@ -158,7 +153,7 @@ class FlashPipeline:
             negative_prompt: what to guide away from, when guidance is above 1.
             steps: Euler steps.
             guidance: classifier-free guidance; up to 1 there is none.
-            height, width: pixels, multiples of 16.
+            height, width: pixels, multiples of 16; the model's own size, `config.default_size`, unless given.
             seed: in [0, 2**32).
             sigmas: noise levels in place of `steps`, strictly falling in (0, 1].
             progress: show a bar on standard error.
@@ -173,7 +168,7 @@ class FlashPipeline:
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(negatives)} negative prompts do not fit {len(prompts)} prompts")
-        noise = self.noise(seed, len(prompts), height, width)
+        noise = self.noise(seed, len(prompts), *_size(self.config, height, width))
         clock = _Stopwatch()
         with clock.time("encode"):
             conditioning = self.encode(prompts)
@@ -450,8 +445,8 @@ def check_request(
     steps: int,
     sigmas: Sequence[float] | np.ndarray | None,
     guidance: float,
-    height: int,
-    width: int,
+    height: int | None,
+    width: int | None,
     seed: int,
 ) -> None:
     """Refuse what a pipeline call would refuse; a command does so before it loads the weights.
@@ -459,10 +454,14 @@ def check_request(
     Raises:
         ValueError: an option is out of range.
     """
-    check_size(config, height, width)
+    check_size(config, *_size(config, height, width))
     choose_sigmas(config.schedule, steps, sigmas)
     _check_guidance(guidance)
     _seeds(seed, images)
+
+
+def _size(config: ModelConfig, height: int | None, width: int | None) -> tuple[int, int]:
+    return config.default_size if height is None else height, config.default_size if width is None else width
 
 
 def _check_guidance(guidance: float) -> None:

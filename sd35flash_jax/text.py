@@ -12,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sd35flash_jax.config import ModelConfig
+from sd35flash_jax.config import CLIPConfig, ModelConfig
 from sd35flash_jax.frozen import Frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CLIP_TOKENS = 77
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["context", "pooled"], meta_fields=[])
@@ -53,9 +51,9 @@ def load_tokenizer(encoder: str, folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def token_counts(config: ModelConfig, t5_tokens: int) -> dict[str, int]:
-    """How many tokens each encoder reads."""
-    clips = {name: getattr(config, name) for name in ("clip_l", "clip_g")}
-    return {name: clip.positions if clip else CLIP_TOKENS for name, clip in clips.items()} | {"t5": t5_tokens}
+    """How many tokens each encoder reads; both CLIPs read, or stand for, the same number."""
+    clip_tokens = (config.clip_l or config.clip_g or CLIPConfig).positions
+    return {"clip_l": clip_tokens, "clip_g": clip_tokens, "t5": t5_tokens}
 
 
 def tokenize(

@@ -1,11 +1,15 @@
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from sd35flash_jax import checkpoint
 from sd35flash_jax.cli import main
+from tests.tiny_model import CONFIG
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -34,10 +38,21 @@ def test_generate_writes_a_png_that_says_how_it_was_made(small_checkpoint, tmp_p
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_generate_without_a_checkpoint_says_what_is_missing_and_how_to_get_it(capsys):
+def test_generate_needs_no_more_than_a_prompt_where_a_model_is_bundled(small_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "BUNDLED", Path(shutil.copytree(small_checkpoint, tmp_path / "flash_mini")))
+    output = tmp_path / "fox.png"
+    status, out, _ = run(capsys, "generate", "a red fox", "--output", output)
+    assert status == 0 and out == f"{output}\n"
+    image = Image.open(output)
+    assert image.size == (CONFIG.default_size, CONFIG.default_size) == (192, 192)
+    assert image.text["checkpoint"] == "flash_mini" and image.text["max_t5_tokens"] == "256"
+
+
+def test_generate_without_any_checkpoint_says_what_is_missing_and_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "absent")
     status, out, err = run(capsys, "generate", "a red fox")
     assert status == 1 and out == ""
-    assert "no model ships with this version" in err and "sd35flash-jax convert FOLDER CHECKPOINT" in err
+    assert "no model is bundled" in err and "sd35flash-jax convert FOLDER CHECKPOINT" in err
 
 
 def test_a_size_is_refused_before_anything_is_loaded(small_checkpoint, tmp_path, capsys):

@@ -56,7 +56,9 @@ CONFIGS = st.one_of(
     st.builds(ModelConfig, clip_l=clips(), clip_g=clips()),
     st.builds(
         ModelConfig,
-        t5=st.builds(T5Config, SIZES, LAYERS, position_buckets=st.integers(4, 500), norm_epsilon=POSITIVE),
+        t5=st.builds(
+            T5Config, SIZES, LAYERS, position_buckets=st.integers(4, 500), norm_epsilon=POSITIVE, max_tokens=SIZES
+        ),
         schedule=st.builds(ScheduleConfig, st.floats(0.1, 100), st.just(((1.0, 0.5), (0.9,)))),
     ),
 )
@@ -70,6 +72,17 @@ def test_a_configuration_survives_json(config):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_published_configuration_survives_json(name):
     assert ModelConfig.from_json(json.loads(json.dumps(PRESETS[name].to_json()))) == PRESETS[name]
+
+
+def test_a_configuration_from_before_t5_had_a_number_of_tokens_has_the_published_one():
+    data = CONFIG.to_json()
+    del data["t5"]["max_tokens"]
+    assert ModelConfig.from_json(data).t5_tokens == ModelConfig().t5_tokens == 256
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), ModelConfig()])
+def test_the_published_models_draw_1024_pixels_a_side(config):
+    assert config.default_size == 1024
 
 
 def test_distilled_schedules_survive_json():
@@ -177,6 +190,7 @@ def test_the_presets_have_the_published_numbers_of_parameters():
         ({"clip_g.projection_size": 64}, "clip_g.projection_size 64 is not its hidden_size 48"),
         ({"t5.position_max_distance": 8}, "t5.position_buckets 32 do not fit t5.position_max_distance 8"),
         ({"t5.hidden_size": 64}, "t5.hidden_size 64 is not transformer.context_size 96"),
+        ({"clip_g.positions": 32}, "clip_l.positions 77 are not clip_g's 32"),
         ({"vae.norm_groups": 24}, "do not divide into 24 norm_groups"),
         ({"vae.latent_channels": 4}, "vae.latent_channels 4 are not transformer's 16"),
         ({"transformer.dual_attention_blocks": 5}, "transformer.dual_attention_blocks 5 are more than its depth"),

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sd35flash_jax import Conditioning, FlashPipeline, save_checkpoint
+from sd35flash_jax import Conditioning, FlashPipeline, checkpoint, save_checkpoint
 from tests.tiny_model import CONFIG, random_parameters
 
 SIZE = {"height": 64, "width": 96}
@@ -152,9 +152,26 @@ def test_a_missing_component_is_named(tmp_path):
         pipe.decode(pipe.noise(0, 1, **SIZE))
 
 
-def test_from_pretrained_without_a_path_says_how_to_get_a_model():
-    with pytest.raises(ValueError, match="sd35flash-jax convert FOLDER CHECKPOINT"):
+def test_from_pretrained_without_a_path_loads_the_bundled_model(small_checkpoint, monkeypatch):
+    monkeypatch.setattr(checkpoint, "BUNDLED", small_checkpoint)
+    assert FlashPipeline.from_pretrained().config == CONFIG
+
+
+def test_from_pretrained_without_a_path_says_how_to_get_a_model_where_none_is_bundled(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "absent")
+    with pytest.raises(checkpoint.CheckpointError, match="sd35flash-jax convert FOLDER CHECKPOINT"):
         FlashPipeline.from_pretrained()
+
+
+def test_token_count_and_size_are_the_checkpoint_s_own_unless_given(pipe):
+    config = replace(
+        CONFIG, t5=replace(CONFIG.t5, max_tokens=16), transformer=replace(CONFIG.transformer, position_base=4)
+    )
+    own = FlashPipeline(config, pipe.components, pipe.tokenizers)
+    assert own.encode(["a red fox"]).context.shape == (1, 77 + 16, 96)
+    assert own("a red fox").images[0].size == (64, 64) and own("a red fox", height=32).images[0].size == (64, 32)
+    assert FlashPipeline(config, pipe.components, pipe.tokenizers, max_t5_tokens=8).max_t5_tokens == 8
+    assert FlashPipeline(replace(CONFIG, t5=None), pipe.components, pipe.tokenizers).max_t5_tokens == 256
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,16 @@ def test_a_diffusers_folder_comes_back_bit_by_bit(converted, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
+def test_the_number_of_t5_s_tokens_goes_round_through_the_diffusers_folder(tmp_path):
+    config = ModelConfig(t5=replace(CONFIG.t5, max_tokens=32))
+    save_checkpoint(tmp_path / "checkpoint", config, {"t5": random_parameters("t5")})
+    export(tmp_path / "checkpoint", tmp_path / "exported")
+    assert (
+        json.loads((tmp_path / "exported" / "text_encoder_3" / "config.json").read_text())["max_sequence_length"] == 32
+    )
+    assert convert(tmp_path / "exported", tmp_path / "again") == config
+
+
 def test_the_written_files_are_what_the_library_reads(converted, tmp_path):
     export(converted / "checkpoint", tmp_path / "model.safetensors", "single-file")
     mapped = {key: tensor.read() for key, tensor in open_safetensors(tmp_path / "model.safetensors").items()}

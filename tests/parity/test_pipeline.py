@@ -1,6 +1,8 @@
 """The whole pipeline against StableDiffusion3Pipeline: same weights, same prompts, same initial noise."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,8 +10,12 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from conversion import convert, export
 from sd35flash_jax import FlashPipeline
+from tests import reference_models
+from tests.diffusers_source import change_config
 from tests.parity.comparison import as_torch, rms_error
+from tests.tiny_model import CONFIG
 
 PROMPTS = ["a red fox in the snow", "an astronaut rides a horse; it's 1984!"]
 NEGATIVE = "blurry, a bowl of soup"
@@ -36,7 +42,9 @@ def reference(reference_folder) -> Callable[..., StableDiffusion3Pipeline]:
     return load
 
 
-def reference_pixels(pipe: StableDiffusion3Pipeline, noise: np.ndarray, guidance: float, steps: int) -> np.ndarray:
+def reference_pixels(
+    pipe: StableDiffusion3Pipeline, noise: np.ndarray, guidance: float, steps: int, **options: Any
+) -> np.ndarray:
     return pipe(
         PROMPTS,
         negative_prompt=[NEGATIVE] * len(PROMPTS),
@@ -46,6 +54,7 @@ def reference_pixels(pipe: StableDiffusion3Pipeline, noise: np.ndarray, guidance
         height=HEIGHT,
         width=WIDTH,
         output_type="np",
+        **options,
     ).images
 
 
@@ -71,6 +80,28 @@ def test_pixels_after_four_steps_agree_with_the_reference(ours, reference, with_
     t5 = "with T5" if with_t5 else "without T5"
     guided = f"guidance {guidance:g}" if guidance > 1 else "no guidance"
     item = f"pipeline, 4 steps, {t5}, {guided}, pixels"
+    record_parity(item, np.abs(pixels - expected).max(), 1e-3, PSNR=f"{psnr(pixels, expected):.0f} dB")
+
+
+def test_an_exported_model_of_32_tokens_a_text_encoder_draws_the_same_picture_in_the_reference(tmp_path, record_parity):
+    encoders = {name: replace(getattr(CONFIG, name), positions=32) for name in CLIPS}
+    source = tmp_path / "source"
+    reference_models.write_folder(source, replace(CONFIG, **encoders))
+    for sub in ("tokenizer", "tokenizer_2"):
+        tokenizer = json.loads((source / sub / "tokenizer_config.json").read_text()) | {"model_max_length": 32}
+        (source / sub / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    change_config(source, "text_encoder_3", max_sequence_length=32)
+    convert(source, tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "exported")
+    ours = FlashPipeline.from_pretrained(tmp_path / "checkpoint", "float32")
+    theirs = StableDiffusion3Pipeline.from_pretrained(tmp_path / "exported")
+    theirs.set_progress_bar_config(disable=True)
+    assert ours.encode(PROMPTS).context.shape[1] == 32 + 32
+    noise = np.asarray(ours.noise(0, len(PROMPTS), HEIGHT, WIDTH))
+    expected = reference_pixels(theirs, noise, 1.0, steps=2, max_sequence_length=32)
+    pixels = our_pixels(ours, noise, 1.0, steps=2)
+    assert expected.std() > 0.05, "a flat image would agree with anything"
+    item = "pipeline, 2 steps, 32 tokens a text encoder, no guidance, pixels"
     record_parity(item, np.abs(pixels - expected).max(), 1e-3, PSNR=f"{psnr(pixels, expected):.0f} dB")
 
 
