@@ -86,8 +86,9 @@ class StudentConfig:
 @section
 class TrainingConfig:
     """What all stages share. `batch` rows an update, in `micro_batches` parts; sizes are in pixels; a prompt's text
-    encoders are each left out with `text_dropout`; gradients are clipped to the norm `clip`. Checkpoints, sample grids
-    (of `sample_prompts`) and the last `keep` checkpoints count in updates."""
+    encoders are each left out with `text_dropout`, and T5 reads the teacher's own number of tokens unless given another;
+    gradients are clipped to the norm `clip`. Checkpoints, sample grids (of `sample_prompts`) and the last `keep`
+    checkpoints count in updates."""
 
     prompts: str
     output: str
@@ -96,7 +97,7 @@ class TrainingConfig:
     micro_batches: Size = 1
     height: Size = 512
     width: Size = 512
-    max_t5_tokens: Size = 256
+    max_t5_tokens: Size | None = None
     text_dropout: Probability = 0.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     ema: Probability = 0.99
