@@ -66,12 +66,15 @@ class SplitConfig:
 
 @section
 class TeacherConfig:
-    """The teacher: a checkpoint directory, and how it synthesizes trajectories and samples."""
+    """The teacher: a checkpoint directory, and how it synthesizes trajectories and samples: for each batch anew, or
+    `cached` of them once, `cache_batch` at a time (0 is the training's batch)."""
 
     checkpoint: str
     steps: Size = 32
     guidance: Guidance = 4.0
     negative_prompt: str = ""
+    cached: Count = 0
+    cache_batch: Count = 0
 
 
 @section
@@ -86,7 +89,7 @@ class StudentConfig:
 @section
 class TrainingConfig:
     """What all stages share. `batch` rows an update, in `micro_batches` parts; sizes are in pixels; a prompt's text
-    encoders are each left out with `text_dropout`, and T5 reads the teacher's own number of tokens unless given another;
+    encoders are each left out with `text_dropout`, and T5 reads the teacher's own number of tokens unless given one;
     gradients are clipped to the norm `clip`. Checkpoints, sample grids (of `sample_prompts`) and the last `keep`
     checkpoints count in updates."""
 

@@ -3,6 +3,7 @@
 A run's folder holds
 
     progress/       Orbax checkpoints of the whole training state, each written whole or not at all
+    trajectories-*  the teacher's, if they are kept (teacher.cached); the name tells what they depend on
     losses.csv      one row an update
     samples/        grids of the configured prompts
     student/        the result: a checkpoint directory as any other, with the student's own sigmas
@@ -12,9 +13,10 @@ was killed goes on from its last checkpoint bit for bit as if it had not been.
 """
 
 import csv
+import hashlib
 import math
+from collections import deque
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,15 @@ from sd35flash_jax.checkpoint import load_checkpoint, parameters, save_checkpoin
 from sd35flash_jax.config import MMDiTConfig, ModelConfig, ScheduleConfig
 from sd35flash_jax.distill.adversarial import init_heads
 from sd35flash_jax.distill.config import DistillConfig
-from sd35flash_jax.distill.flow import guided
+from sd35flash_jax.distill.data import BatchMaker, Real, Synthesis, kept_trajectories, prompt_order, read_prompts
 from sd35flash_jax.distill.lora import Params, init_lora, merge_lora
 from sd35flash_jax.distill.mmdit import mmdit_networks
 from sd35flash_jax.distill.split_timestep import branch_steps, interpolate
-from sd35flash_jax.distill.text_dropout import drop_text_encoders
-from sd35flash_jax.distill.trajectory import synthesize_trajectory, teacher_sigmas
+from sd35flash_jax.distill.trajectory import teacher_sigmas
 from sd35flash_jax.distill.updates import (
     Batch,
     MatchingUpdate,
+    Metrics,
     Optimizers,
     State,
     TrajectoryUpdate,
@@ -48,7 +50,7 @@ from sd35flash_jax.distill.updates import (
 )
 from sd35flash_jax.pipeline import DOWNSAMPLING, FlashPipeline, check_size
 from sd35flash_jax.schedule import choose_sigmas, shifted_sigmas
-from sd35flash_jax.text import Conditioning, clip_widths, token_counts
+from sd35flash_jax.text import Conditioning, clip_widths, token_counts, tokenize
 
 LOSSES = (
     "trajectory",
@@ -60,6 +62,8 @@ LOSSES = (
     "discriminator",
 )
 """The columns of losses.csv."""
+UNREAD = 8
+"""How many updates' losses may wait to be read: to read them at once would let the device wait for the host."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,9 @@ class Trainer:
         # Committed to its devices from the start: JAX compiles anew for arrays that it may place as it likes.
         self.placement = jax.tree.leaves(self.teacher)[0].sharding
         self.state = jax.device_put(self._initial_state(), self.placement)
+        self.key = jax.device_put(jax.random.key(config.training.seed), self.placement)
         self.kept: dict[str, Params] = {}
+        self.unread: deque[tuple[str, int, int, Metrics]] = deque()
         self.stage = self.done = 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.training.keep, enable_async_checkpointing=False, create=True
@@ -117,6 +123,7 @@ class Trainer:
     def run(self) -> None:
         """Go through the stages from where the folder's last checkpoint ended."""
         self._resume()
+        self._read_prompts()
         total = sum(stage.updates for stage in self.stages)
         with tqdm(total=total, initial=self.position, desc="distilling", disable=not self.progress) as bar:
             while self.stage < len(self.stages):
@@ -125,6 +132,7 @@ class Trainer:
                 update = jax.jit(stage.update, donate_argnums=0)
                 while self.done < stage.updates:
                     self._update_once(stage, update, bar)
+                self._report(bar)
                 self._finish_stage(stage)
         self.manager.close()
 
@@ -134,23 +142,30 @@ class Trainer:
         return sum(stage.updates for stage in self.stages[: self.stage]) + self.done
 
     def _update_once(self, stage: Stage, update: Any, bar: tqdm) -> None:
-        batch_key, update_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(self.config.training.seed), self.position)
-        )
-        batch, update_key = jax.device_put((self._batch(stage, batch_key), update_key), self.placement)
+        batch_key, update_key = _update_keys(self.key, self.position)
+        batch = self._batch(stage, batch_key)
         self.state, metrics = update(self.state, self.teacher, batch, update_key)
-        values = {name: float(value) for name, value in metrics.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(self._not_finite(stage.name, values))
         self.done += 1
-        append_losses(self.folder / "losses.csv", self.position, stage.name, values)
-        bar.update()
-        bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+        self.unread.append((stage.name, self.done, self.position, metrics))
+        self._report(bar, UNREAD)
         training = self.config.training
         if self.position % training.checkpoint_every == 0 and self.done < stage.updates:
+            self._report(bar)
             self.save()
         if training.sample_every and training.sample_prompts and self.position % training.sample_every == 0:
             self.sample(self.folder / "samples" / f"{self.position:06d}.png")
+
+    def _report(self, bar: tqdm, waiting: int = 0) -> None:
+        """Read the losses of all updates but the last few. No checkpoint is written while there are unread ones, so
+        that each is a good one."""
+        while len(self.unread) > waiting:
+            stage, done, position, metrics = self.unread.popleft()
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not all(map(math.isfinite, values.values())):
+                raise FloatingPointError(self._not_finite(stage, done, values))
+            append_losses(self.folder / "losses.csv", position, stage, values)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
+            bar.update()
 
     def _finish_stage(self, stage: Stage) -> None:
         """The averaged student goes on with fresh optimizer state; the branches of stage (c) are merged at the end."""
@@ -210,51 +225,73 @@ class Trainer:
 
     # Data
 
-    def _batch(self, stage: Stage, key: Array) -> Batch:
-        """The prompts of this update, encoded, and the teacher's trajectories from noise of their own."""
-        training, teaching = self.config.training, self.config.teacher
-        rows, parts = training.batch, training.micro_batches
-        prompts = [self.prompts[index] for index in prompt_order(len(self.prompts), training.seed, self.position, rows)]
-        conditioning = self.pipeline.encode(prompts)
-        negative = self.pipeline.encode([teaching.negative_prompt] * rows)
-        noise_key, dropout_key = jax.random.split(key)
+    def _read_prompts(self) -> None:
+        """Everything about prompts and trajectories that is done once."""
+        config, training = self.config, self.config.training
+        counts = token_counts(self.loaded.config, self.pipeline.max_t5_tokens)
+        self.tokens = tokenize(self.pipeline.tokenizers, self.prompts, counts)
+        self.negative = self.pipeline.encode([config.teacher.negative_prompt])
+
+        shifted = shifted_sigmas(config.teacher.steps, self.loaded.config.schedule.shift)
+        levels, indices = teacher_sigmas(np.array(self.sigmas), shifted)
         size = (training.height // DOWNSAMPLING, training.width // DOWNSAMPLING, self.model.latent_channels)
+        synthesis = Synthesis(
+            self.stages[0].update.networks.teacher,
+            tuple(map(float, levels)),
+            tuple(map(int, indices)),
+            config.teacher.guidance,
+            size,
+        )
         widths = clip_widths(self.loaded.config)
-        student = drop_text_encoders(
-            conditioning,
-            dropout_key,
+        maker = BatchMaker(
+            synthesis,
+            training.micro_batches,
             training.text_dropout,
             (widths["clip_l"], widths["clip_g"]),
-            token_counts(self.loaded.config, training.max_t5_tokens)["clip_l"],
+            counts["clip_l"],
         )
-        noise = jax.random.normal(noise_key, (rows, *size))
-        batch: Batch = jax.tree.map(
-            lambda array: array.reshape(parts, rows // parts, *array.shape[1:]),
-            Batch(conditioning, student, negative, noise),
-        )
-        guidance = isinstance(stage.update, TrajectoryUpdate)
-        if not guidance and not self.config.matching.adversarial_weight:
-            return batch
-        micros = zip(*(jax.tree.leaves(batch)))
-        trajectories = [
-            self._trajectory(stage, jax.tree.unflatten(jax.tree.structure(batch), micro)) for micro in micros
-        ]
-        return replace(batch, real=jnp.stack(trajectories if guidance else [points[-1] for points in trajectories]))
+        self.make_batch = jax.jit(maker, static_argnames="real")
+        # Training reads numbered rows: those of the prompt list, or of the trajectories that are kept.
+        self.row_prompts, self.trajectories = np.arange(len(self.prompts)), None
+        if config.teacher.cached:
+            self.row_prompts = prompt_order(len(self.prompts), training.seed, 0, config.teacher.cached)
+            self.trajectories = self._kept_trajectories(synthesis)
 
-    def _trajectory(self, stage: Stage, batch: Batch) -> Array:
-        """The teacher's points at the student's levels, from the noise that stands in `real`."""
-        shifted = shifted_sigmas(self.config.teacher.steps, self.loaded.config.schedule.shift)
-        levels, indices = teacher_sigmas(np.array(self.sigmas), shifted)
-        return _synthesize(
-            self.teacher,
-            batch.real,
-            batch.conditioning,
-            batch.negative,
-            velocity=stage.update.networks.teacher,
-            levels=tuple(map(float, levels)),
-            indices=tuple(map(int, indices)),
-            guidance=self.config.teacher.guidance,
+    def _kept_trajectories(self, synthesis: Synthesis) -> np.ndarray:
+        teaching, training = self.config.teacher, self.config.training
+        key = jax.random.fold_in(self.key, 2**32 - 1)  # Updates count up from 0.
+        of_rows = jax.jit(synthesis.of_rows)
+
+        def synthesize(rows: np.ndarray) -> Array:
+            return of_rows(self.teacher, key, rows, self._conditioning(rows), self.negative)
+
+        depends_on = (
+            teaching,
+            self.prompts,
+            training.seed,
+            training.dtype,
+            self.pipeline.max_t5_tokens,
+            synthesis.shape,
         )
+        digest = hashlib.sha256(repr((depends_on, self.sigmas)).encode()).hexdigest()[:12]
+        shape = (teaching.cached, len(self.sigmas), *synthesis.shape)
+        path = self.folder / f"trajectories-{digest}.npy"
+        return kept_trajectories(path, shape, teaching.cache_batch or training.batch, synthesize, self.progress)
+
+    def _conditioning(self, rows: np.ndarray) -> Conditioning:
+        return self.pipeline.encode_tokens({name: ids[self.row_prompts[rows]] for name, ids in self.tokens.items()})
+
+    def _batch(self, stage: Stage, key: Array) -> Batch:
+        """The prompts of this update, encoded, and what it reads of the teacher."""
+        training = self.config.training
+        rows = prompt_order(len(self.row_prompts), training.seed, self.position, training.batch)
+        real: Real = "samples" if self.config.matching.adversarial_weight else "nothing"
+        if isinstance(stage.update, TrajectoryUpdate):
+            real = "trajectories"
+        kept = None
+        if self.trajectories is not None and real != "nothing":
+            kept = self.trajectories[rows] if real == "trajectories" else self.trajectories[rows, -1]
+        return self.make_batch(self.teacher, self._conditioning(rows), self.negative, kept, key, real=real)
 
     # Files
 
@@ -286,7 +323,7 @@ class Trainer:
         """Checkpoints are numbered by updates and stages done, so that no number comes twice."""
         return self.position + self.stage
 
-    def _not_finite(self, stage: str, values: dict[str, float]) -> str:
+    def _not_finite(self, stage: str, done: int, values: dict[str, float]) -> str:
         bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         latest = self.manager.latest_step()
         where = (
@@ -295,7 +332,7 @@ class Trainer:
             else f"the last good checkpoint is {self.manager.directory / str(latest)}"
         )
         return (
-            f"update {self.done + 1} of {stage} gave {bad} that is not finite; {where}: lower the learning rate and "
+            f"update {done} of {stage} gave {bad} that is not finite; {where}: lower the learning rate and "
             "run again to go on from there"
         )
 
@@ -349,30 +386,6 @@ class Trainer:
         return config.transformer
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines are skipped.
-
-    Raises:
-        ValueError: the file is missing, is not UTF-8, or has no prompt.
-    """
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise ValueError(f"the prompt list {path} does not exist; write one prompt a line") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"the prompt list {path} is not UTF-8 text; save it as such") from None
-    if not prompts:
-        raise ValueError(f"the prompt list {path} has no prompt; write one prompt a line")
-    return prompts
-
-
-def prompt_order(count: int, seed: int, update: int, rows: int) -> np.ndarray:
-    """Which prompts an update reads: the list in a new random order each epoch."""
-    positions = np.arange(update * rows, (update + 1) * rows)
-    orders = {epoch: np.random.default_rng([seed, int(epoch)]).permutation(count) for epoch in set(positions // count)}
-    return np.array([orders[position // count][position % count] for position in positions])
-
-
 def head_depths(depth: int) -> tuple[int, ...]:
     """The heads sit a quarter, half and three quarters into the proxy, as far as it has so many blocks."""
     return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
@@ -409,20 +422,10 @@ def optimizers(config: DistillConfig, learning_rate: float) -> Optimizers:
     return Optimizers(adam(learning_rate), adam(matching.proxy_learning_rate), adam(matching.head_learning_rate))
 
 
-@partial(jax.jit, static_argnames=("velocity", "levels", "indices", "guidance"))
-def _synthesize(
-    teacher: Params,
-    noise: Array,
-    conditioning: Conditioning,
-    negative: Conditioning,
-    *,
-    velocity: Any,
-    levels: tuple[float, ...],
-    indices: tuple[int, ...],
-    guidance: float,
-) -> Array:
-    strong = guided(velocity(teacher), conditioning, negative, guidance)
-    return synthesize_trajectory(strong, noise, jnp.array(levels), np.array(indices), conditioning)
+@jax.jit
+def _update_keys(key: Array, update: int) -> tuple[Array, Array]:
+    batch_key, update_key = jax.random.split(jax.random.fold_in(key, update))
+    return batch_key, update_key
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import pytest
 
 from sd35flash_jax.checkpoint import load_checkpoint, parameters, read_config, save_checkpoint
 from sd35flash_jax.cli import main
-from sd35flash_jax.distill.config import read_distill_config
-from sd35flash_jax.distill.trainer import Trainer, append_losses, distill, prompt_order, read_prompts, truncate_losses
+from sd35flash_jax.distill.config import DistillConfig, read_distill_config
+from sd35flash_jax.distill.trainer import Trainer, append_losses, distill, truncate_losses
 from tests.tiny_model import CONFIG, random_parameters, write_tokenizers
 
 UPDATES = {"trajectory": 3, "matching": 3, "split-low": 2, "split-high": 2}
@@ -61,6 +61,21 @@ def read_losses(folder: Path) -> list[dict[str, str]]:
 def student_arrays(folder: Path) -> dict[str, np.ndarray]:
     loaded = load_checkpoint(folder / "run" / "student", ["transformer"], "float32")
     return {path: np.asarray(array) for path, array in parameters(loaded.components["transformer"]).items()}
+
+
+def run_interrupted(config: DistillConfig, after: int) -> None:
+    """Start a run and interrupt it after a number of updates."""
+    trainer = Trainer(config)
+    once = trainer._update_once
+
+    def interrupted(*arguments):
+        if trainer.position == after:
+            raise KeyboardInterrupt
+        once(*arguments)
+
+    trainer._update_once = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +133,7 @@ def test_a_run_writes_a_row_of_losses_for_every_update_and_a_grid_of_samples(fin
 @pytest.mark.parametrize("interrupted_after", [1, 5, 9])
 def test_a_run_that_was_interrupted_goes_on_bit_for_bit(interrupted_after, finished, teacher_checkpoint, tmp_path):
     config = read_distill_config(write_config(tmp_path, teacher_checkpoint))
-    trainer = Trainer(config)
-    once = trainer._update_once
-
-    def interrupted(*arguments):
-        if trainer.position == interrupted_after:
-            raise KeyboardInterrupt
-        once(*arguments)
-
-    trainer._update_once = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+    run_interrupted(config, interrupted_after)
     assert not (tmp_path / "run" / "student").exists()
     distill(config)
     assert read_losses(tmp_path) == read_losses(finished)
@@ -153,6 +158,28 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, teacher_checkp
     expected = student_arrays(finished)
     for path, array in student_arrays(tmp_path).items():
         np.testing.assert_array_equal(array, expected[path], err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_trajectories_makes_them_once_and_goes_on_bit_for_bit(teacher_checkpoint, tmp_path):
+    overrides = ["teacher.cached=5", "split.updates=0"]
+    whole, interrupted = (
+        read_distill_config(write_config(tmp_path / name, teacher_checkpoint), overrides)
+        for name in ("whole", "interrupted")
+    )
+    distill(whole)
+    run_interrupted(interrupted, 2)
+    [kept] = (tmp_path / "interrupted" / "run").glob("trajectories-*")
+    made = kept.stat().st_mtime_ns
+    distill(interrupted)
+    assert kept.stat().st_mtime_ns == made
+    [expected] = (tmp_path / "whole" / "run").glob("trajectories-*")
+    assert np.load(kept).shape == (5, 3, 4, 4, 16)
+    np.testing.assert_array_equal(np.load(kept), np.load(expected))
+    assert read_losses(tmp_path / "interrupted") == read_losses(tmp_path / "whole")
+    arrays = student_arrays(tmp_path / "whole")
+    for path, array in student_arrays(tmp_path / "interrupted").items():
+        np.testing.assert_array_equal(array, arrays[path], err_msg=path)
 
 
 @pytest.mark.slow
@@ -187,13 +214,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     assert len(read_losses(tmp_path)) == 2
 
 
-def test_prompts_come_in_a_new_order_each_epoch_and_each_once_an_epoch():
-    order = np.concatenate([prompt_order(10, 3, update, 4) for update in range(5)])
-    epochs = order.reshape(2, 10)
-    assert (np.sort(epochs, axis=1) == np.arange(10)).all() and (epochs[0] != epochs[1]).any()
-    np.testing.assert_array_equal(order[8:12], prompt_order(10, 3, 2, 4))
-
-
 def test_rows_of_losses_that_no_checkpoint_holds_are_taken_back(tmp_path):
     path = tmp_path / "losses.csv"
     for update in (1, 2, 3):
@@ -205,14 +225,3 @@ def test_rows_of_losses_that_no_checkpoint_holds_are_taken_back(tmp_path):
     assert path.read_text() == whole
     truncate_losses(path, 0)
     assert len(path.read_text().splitlines()) == 1
-
-
-def test_a_prompt_list_skips_empty_lines_and_must_have_a_prompt(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a fox\n\n  two cats \n")
-    assert read_prompts(path) == ["a fox", "two cats"]
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="has no prompt; write one prompt a line"):
-        read_prompts(path)
-    with pytest.raises(ValueError, match="does not exist"):
-        read_prompts(tmp_path / "absent.txt")

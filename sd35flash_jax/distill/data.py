@@ -1,0 +1,166 @@
+"""What the training reads: prompts in a random order, and the teacher's guided trajectories, made as they are needed or
+all at the start. Everything is a function of the seed and of a row's or an update's number."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float16, Int, PyTree
+from tqdm import tqdm
+
+from sd35flash_jax.distill.flow import Velocity, guided
+from sd35flash_jax.distill.text_dropout import drop_text_encoders
+from sd35flash_jax.distill.trajectory import synthesize_trajectory
+from sd35flash_jax.distill.updates import Batch
+from sd35flash_jax.text import Conditioning
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines are skipped.
+
+    Raises:
+        ValueError: the file is missing, is not UTF-8, or has no prompt.
+    """
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise ValueError(f"the prompt list {path} does not exist; write one prompt a line") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"the prompt list {path} is not UTF-8 text; save it as such") from None
+    if not prompts:
+        raise ValueError(f"the prompt list {path} has no prompt; write one prompt a line")
+    return prompts
+
+
+def prompt_order(count: int, seed: int, update: int, rows: int) -> Int[np.ndarray, " rows"]:
+    """Which of `count` prompts an update reads: the list in a new random order each epoch."""
+    positions = range(update * rows, (update + 1) * rows)
+    return np.array([_epoch(count, seed, position // count)[position % count] for position in positions])
+
+
+@lru_cache(maxsize=2)
+def _epoch(count: int, seed: int, epoch: int) -> Int[np.ndarray, " count"]:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """The teacher's guided trajectories from noise. `velocity` makes its parameters a network; `levels` are its noise
+    levels, of which those at `indices` are the student's; `shape` is that of one row of latents."""
+
+    velocity: Callable[[PyTree], Velocity]
+    levels: tuple[float, ...]
+    indices: tuple[int, ...]
+    guidance: float
+    shape: tuple[int, ...]
+
+    def __call__(
+        self, teacher: PyTree, noise: Float[Array, "b ..."], conditioning: Any, negative: Any
+    ) -> Float[Array, "k+1 b ..."]:
+        """The points at the student's levels."""
+        strong = guided(self.velocity(teacher), conditioning, negative, self.guidance)
+        return synthesize_trajectory(strong, noise, jnp.array(self.levels), np.array(self.indices), conditioning)
+
+    def of_rows(
+        self, teacher: PyTree, key: Array, numbers: Int[Array, " b"], conditioning: Any, negative: Any
+    ) -> Float16[Array, "b k+1 ..."]:
+        """The trajectories of numbered rows, whose noise depends on key and number alone; `negative` is one row.
+
+        Half precision suffices: it has eight times the resolution of bfloat16, in which the student reads them.
+        """
+        noise = jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(key, number), self.shape))(numbers)
+        points = self(teacher, noise, conditioning, repeated(negative, len(numbers)))
+        return points.swapaxes(0, 1).astype(jnp.float16)
+
+
+def kept_trajectories(
+    path: Path,
+    shape: tuple[int, ...],
+    batch: int,
+    synthesize: Callable[[Int[np.ndarray, " b"]], Float16[Array, "b k+1 ..."]],
+    progress: bool = False,
+) -> Float16[np.ndarray, "n k+1 ..."]:
+    """Trajectories of `shape`, read from a file as rows are asked for; where it is not there, it is made first, by
+    `synthesize` of a batch of row numbers at a time.
+
+    Raises:
+        FloatingPointError: a point of a trajectory is not finite, or too large for half precision.
+    """
+    if not path.exists():
+        count = shape[0]
+        partial_path = path.with_suffix(".partial")
+        file = np.lib.format.open_memmap(partial_path, "w+", np.float16, shape)
+        with tqdm(total=count, unit="row", desc="synthesizing trajectories", disable=not progress) as bar:
+            for start in range(0, count, batch):
+                # The last batch is filled up with the first rows, lest a smaller one compile anew.
+                made = np.asarray(synthesize(np.arange(start, start + batch) % count))[: count - start]
+                if not np.isfinite(made).all():
+                    raise FloatingPointError(
+                        "the teacher's trajectories are not finite; check its weights and lower teacher.guidance"
+                    )
+                file[start : start + batch] = made
+                bar.update(len(made))
+        file.flush()
+        partial_path.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+Real = Literal["trajectories", "samples", "nothing"]
+"""What an update reads of the teacher: its trajectories, their ends, or nothing."""
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes an update's batch, in one program. `clip_widths` and `clip_tokens` are as in `drop_text_encoders`."""
+
+    synthesis: Synthesis
+    micro_batches: int
+    text_dropout: float
+    clip_widths: tuple[int, int]
+    clip_tokens: int
+
+    def __call__(
+        self,
+        teacher: PyTree,
+        conditioning: Conditioning,
+        negative: Conditioning,
+        kept: Float[Array, "b ..."] | None,
+        key: Array,
+        real: Real,
+    ) -> Batch:
+        """A batch of micro-batches.
+
+        Args:
+            teacher: the teacher's parameters.
+            conditioning: of the batch's prompts.
+            negative: one row, for all.
+            kept: what `real` says, if it was made before: `(b, k+1, h, w, c)` or `(b, h, w, c)`.
+            key: random key.
+            real: what the update reads of the teacher.
+        """
+        noise_key, dropout_key = jax.random.split(key)
+        rows = len(conditioning.pooled)
+        student = drop_text_encoders(conditioning, dropout_key, self.text_dropout, self.clip_widths, self.clip_tokens)
+        given = jax.random.normal(noise_key, (rows, *self.synthesis.shape)) if kept is None else kept
+        batch: Batch = jax.tree.map(
+            lambda array: array.reshape(self.micro_batches, -1, *array.shape[1:]),
+            Batch(conditioning, student, repeated(negative, rows), given.astype(jnp.float32)),
+        )
+        if kept is not None:
+            return replace(batch, real=batch.real.swapaxes(1, 2)) if real == "trajectories" else batch
+        if real == "nothing":
+            return batch
+        points = jax.lax.map(
+            lambda micro: self.synthesis(teacher, *micro), (batch.real, batch.conditioning, batch.negative)
+        )
+        return replace(batch, real=points if real == "trajectories" else points[:, -1])
+
+
+def repeated(row: PyTree, count: int) -> PyTree:
+    """One row as a batch of equal ones."""
+    return jax.tree.map(lambda array: jnp.broadcast_to(array, (count, *array.shape[1:])), row)
