@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 from tqdm import tqdm
 
 from conversion import diffusers_layout, single_file_layout
 from conversion.convert import ConversionError, check_space, is_finite
 from conversion.rules import Rule, Shape, Table
 from conversion.safetensors_file import write_safetensors
-from sd35flash_jax.checkpoint import DTYPES, open_stored, read_config, tokenizer_folders, written_whole
+from sd35flash_jax.checkpoint import DTYPES, StoredArray, open_stored, read_config, tokenizer_folders, written_whole
 from sd35flash_jax.config import ModelConfig, ScheduleConfig
 
 LAYOUTS = ("diffusers", "single-file")
@@ -31,7 +30,7 @@ class Piece:
     """One rule turned around: the stored array that it reads and the tensors that it writes, with all their names."""
 
     rule: Rule
-    store: ts.TensorStore
+    store: StoredArray
     dtype: np.dtype
     names: tuple[tuple[str, ...], ...]
 
@@ -49,8 +48,7 @@ class Piece:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
 
     def read(self) -> Iterator[np.ndarray]:
-        region = self.store if self.rule.layer is None else self.store[self.rule.layer]
-        array = region.read().result().astype(self.dtype, copy=False)
+        array = self.store.read(self.dtype, self.rule.layer)
         if not is_finite(array):
             raise ConversionError(f"{self.rule.param} holds weights that are NaN or infinite in {self.dtype.name}")
         for names, tensor in zip(self.names, self.rule.transform.backward(array, len(self.rule.sources))):
@@ -74,7 +72,7 @@ def export(
         checkpoint: a checkpoint directory.
         destination: the folder or file to make; it must not exist.
         layout: "diffusers" or "single-file".
-        dtype: "bfloat16" or "float32" for the weights; as stored unless given.
+        dtype: "bfloat16" or "float32" for the weights; as stored unless given, and float32 for int8.
         progress: show a bar on standard error.
 
     Raises:
@@ -114,13 +112,13 @@ def export(
             _write(path, [(prefixes[name], piece) for name, plan in plans.items() for piece in plan], bar)
 
 
-def _plan(table: Table, stored: Mapping[str, ts.TensorStore], dtype: str | None) -> list[Piece]:
+def _plan(table: Table, stored: Mapping[str, StoredArray], dtype: str | None) -> list[Piece]:
     repeats = {key: alias for alias, key in table.aliases.items() if alias in table.repeated}
     pieces = []
     for rule in table.rules:
         store = stored[rule.param]
         names = tuple((key, repeats[key]) if key in repeats else (key,) for key in rule.sources)
-        pieces.append(Piece(rule, store, np.dtype(dtype or store.dtype.numpy_dtype), names))
+        pieces.append(Piece(rule, store, np.dtype(dtype or store.dtype), names))
     return pieces
 
 

@@ -27,7 +27,9 @@ def describe(path: str | os.PathLike, progress: bool = False) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         config = read_config(folder)
         tensors = {
-            name: {key: (array.dtype.name, array.shape) for key, array in open_stored(folder, name, config).items()}
+            name: {
+                key: (array.values.dtype.name, array.shape) for key, array in open_stored(folder, name, config).items()
+            }
             for name in config.components
         }
         origin = read_origin(folder)

@@ -1,7 +1,8 @@
 """Checkpoints on disk: one directory with the configuration, an Orbax tree for each component, and the tokenizers.
 
     config.json      format version, model configuration, where the weights came from, every file's size
-    transformer/     Orbax: one zarr array a parameter, stacked parameters in one chunk a layer
+    transformer/     Orbax: one zarr array a parameter, stacked parameters in one chunk a layer; int8 ones have a second
+                     array with their scales
     vae/  clip_l/  clip_g/  t5/
     tokenizers/clip_l/  tokenizers/clip_g/  tokenizers/t5/
 
@@ -39,12 +40,13 @@ from sd35flash_jax.models.layers import Model, unstacked
 from sd35flash_jax.models.mmdit import MMDiT
 from sd35flash_jax.models.t5 import T5Encoder
 from sd35flash_jax.models.vae import VAE
+from sd35flash_jax.quantize import dequantize, quantize
 
 BUNDLED = Path(__file__).parent / "flash_mini"
 """The checkpoint that the package carries."""
 FORMAT = 1
 DTYPES = ("bfloat16", "float32")
-_MODULES: dict[str, Callable[..., Model]] = {
+_MODULES: dict[str, type[Any]] = {
     "transformer": MMDiT,
     "vae": VAE,
     "clip_l": CLIPTextEncoder,
@@ -60,6 +62,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "spiece.model",
 )
+_SCALES = ".int8_scales"  # Ends the name of the array that holds an int8 parameter's scales.
 _CHUNK_BYTES = 2**28
 _WRITERS = 2  # One piece is copied to the system while the disk takes the one before, and the next is made ready.
 
@@ -81,6 +84,45 @@ class StreamedArray:
     shape: tuple[int, ...]
     dtype: np.dtype
     pieces: Callable[[], Iterator[tuple[Any, np.ndarray]]]
+
+    def whole(self) -> np.ndarray:
+        """All of it in memory after all."""
+        array = np.empty(self.shape, self.dtype)
+        for index, piece in self.pieces():
+            array[index] = piece
+        return array
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """A parameter on the disk, to be read whole or in part: a zarr array and, where that is int8, the float32 scales
+    that broadcast against it."""
+
+    values: ts.TensorStore
+    scales: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the weights: float32 where they are stored as int8."""
+        return np.dtype(self.values.dtype.numpy_dtype if self.scales is None else np.float32)
+
+    def read(self, dtype: np.dtype, layer: int | None = None, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The weights, or the part at `index`, of a layer or of all, cast. Unless they are stored as int8, they come in
+        a buffer that JAX takes over on a CPU without a copy."""
+        region: tuple[Any, ...] = index if layer is None else (layer, *index)
+        values = self.values[region]
+        if self.scales is not None:
+            scales = np.broadcast_to(self.scales, self.shape)[region]
+            return dequantize(values.read().result(), scales).astype(dtype, copy=False)
+        buffer = np.empty(math.prod(values.shape) * dtype.itemsize + _CPU_ALIGNMENT, np.uint8)
+        start = -buffer.ctypes.data % _CPU_ALIGNMENT
+        weights = buffer[start : start + buffer.size - _CPU_ALIGNMENT].view(dtype).reshape(values.shape)
+        ts.array(weights).write(ts.cast(values, ts.dtype(dtype))).result()
+        return weights
 
 
 @dataclass(frozen=True)
@@ -157,6 +199,7 @@ def save_checkpoint(
     components: Mapping[str, nnx.Module | Mapping[str, Any]],
     tokenizers: Mapping[str, Path] | None = None,
     source: Any = None,
+    int8: bool = False,
 ) -> None:
     """Write a checkpoint directory, whole or not at all.
 
@@ -167,6 +210,8 @@ def save_checkpoint(
         tokenizers: the folder of each text encoder's tokenizer files, to be copied.
         source: a JSON value that says where the weights came from, or a function called for it after the weights are
             written.
+        int8: store every parameter of two axes or more, a stack's own not counted, as int8 with float32 scales, in a
+            quarter of float32's space; the others are stored as given.
 
     Raises:
         FileExistsError: `path` exists.
@@ -182,6 +227,8 @@ def save_checkpoint(
             _copy_tokenizer(tokenizer, folder / "tokenizers" / name)
         for name, component in components.items():
             arrays = _stored_arrays(component) if isinstance(component, nnx.Module) else dict(component)
+            if int8:
+                arrays = _quantized(name, arrays)
             handler = ocp.PyTreeCheckpointHandler(
                 use_ocdbt=False, use_compression=False, type_handler_registry=_STREAMING_REGISTRY
             )
@@ -211,6 +258,32 @@ def _stored_arrays(module: nnx.Module) -> dict[str, Any]:
         param: StreamedArray((len(own), *own[0].shape), np.dtype(own[0].dtype), partial(_pieces, own))
         for param, own in layers.items()
     }
+
+
+def _quantized(component: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    stored: dict[str, Any] = {}
+    for param, array in arrays.items():
+        shared = _shared_axes(component, param, len(array.shape))
+        if shared:
+            whole = array.whole() if isinstance(array, StreamedArray) else np.asarray(array)
+            stored[param], stored[param + _SCALES] = quantize(whole, shared)
+        else:
+            stored[param] = array
+    return stored
+
+
+def _shared_axes(component: str, param: str, ndim: int) -> tuple[int, ...]:
+    """The axes along which the values of an int8 parameter share a scale; none if it is not to be stored as int8.
+
+    Each layer of a stack and each output channel, a kernel's last axis, has scales of its own. An embedding table has
+    one for each row in their place: rows are read one at a time, and those of rare and of frequent tokens differ in
+    size, so that a scale for a whole column would be too coarse for most of them.
+    """
+    first = int(param.split(".")[0] in _MODULES[component].STACKS)
+    if ndim - first < 2:
+        return ()
+    own = ndim - 2 if param.endswith(".embedding") else ndim - 1
+    return tuple(axis for axis in range(first, ndim) if axis != own)
 
 
 def _pieces(layers: Mapping[int, jax.Array]) -> Iterator[tuple[Any, np.ndarray]]:
@@ -404,7 +477,7 @@ def load_checkpoint(
     return Checkpoint(config, restored, tokenizer_folders(folder, wanted))
 
 
-def open_stored(path: str | os.PathLike, name: str, config: ModelConfig) -> dict[str, ts.TensorStore]:
+def open_stored(path: str | os.PathLike, name: str, config: ModelConfig) -> dict[str, StoredArray]:
     """A component's parameters by dotted path, in the dtypes they are stored in, to be read piece by piece.
 
     Raises:
@@ -412,7 +485,7 @@ def open_stored(path: str | os.PathLike, name: str, config: ModelConfig) -> dict
     """
     _check_files(Path(path), [name])
     shapes = parameter_shapes(name, config)
-    return {param: _open_zarr(Path(path) / name / param, shape) for param, shape in shapes.items()}
+    return {param: _open_stored(Path(path) / name, param, shape) for param, shape in shapes.items()}
 
 
 def tokenizer_folders(path: str | os.PathLike, components: Sequence[str]) -> dict[str, Path]:
@@ -461,16 +534,15 @@ def _restore(
     folder: Path, module: nnx.Module, dtype: np.dtype, sharding: jax.sharding.Sharding, bar: tqdm
 ) -> nnx.Module:
     graph, state = nnx.split(module)
-    stores: dict[str, ts.TensorStore] = {}
+    stores: dict[str, StoredArray] = {}
     filled = []
     for path, variable in nnx.to_flat_state(state):
         shape = variable.get_value().shape
         param, layer = _stored_path(module, path)
         if param not in stores:
             count = () if layer is None else (len(getattr(module, str(path[0]))),)
-            stores[param] = _open_zarr(folder / param, (*count, *shape))
-        store = stores[param] if layer is None else stores[param][layer]
-        array = jax.make_array_from_callback(shape, sharding, partial(_read_zarr, store, dtype))
+            stores[param] = _open_stored(folder, param, (*count, *shape))
+        array = jax.make_array_from_callback(shape, sharding, partial(stores[param].read, dtype, layer))
         filled.append((path, variable.replace(array)))
         bar.update(array.nbytes)
     return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -479,6 +551,15 @@ def _restore(
 # The arrays are read with TensorStore, a few chunks at a time: Orbax itself would hold each on the host twice.
 _READING = ts.Context({"file_io_concurrency": {"limit": 4}, "cache_pool": {"total_bytes_limit": 0}})
 _CPU_ALIGNMENT = 64
+
+
+def _open_stored(folder: Path, param: str, shape: tuple[int, ...]) -> StoredArray:
+    values = _open_zarr(folder / param, shape)
+    if values.dtype != ts.int8:
+        return StoredArray(values)
+    shared = _shared_axes(folder.name, param, len(shape))
+    kept = tuple(1 if axis in shared else side for axis, side in enumerate(shape))
+    return StoredArray(values, _open_zarr(folder / f"{param}{_SCALES}", kept).read().result())
 
 
 def _open_zarr(path: Path, shape: tuple[int, ...]) -> ts.TensorStore:
@@ -490,13 +571,3 @@ def _open_zarr(path: Path, shape: tuple[int, ...]) -> ts.TensorStore:
     if store.shape != shape:
         raise CheckpointError(f"{path} has shape {store.shape} in place of {shape}")
     return store
-
-
-def _read_zarr(store: ts.TensorStore, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-    """One device's part of an array, cast, in a buffer that JAX takes over on a CPU without a copy."""
-    region = store[index]
-    buffer = np.empty(math.prod(region.shape) * dtype.itemsize + _CPU_ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _CPU_ALIGNMENT
-    part = buffer[start : start + buffer.size - _CPU_ALIGNMENT].view(dtype).reshape(region.shape)
-    ts.array(part).write(ts.cast(region, ts.dtype(dtype))).result()
-    return part

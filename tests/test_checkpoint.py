@@ -121,6 +121,73 @@ def test_a_streamed_layer_of_zeros_has_its_file(tmp_path):
     assert not values(load_checkpoint(tmp_path / "checkpoint"), "clip_l")["layers.linear_1.bias"].any()
 
 
+# int8
+
+
+@pytest.fixture(scope="module")
+def int8_checkpoint(tmp_path_factory) -> tuple[Path, dict[str, dict[str, np.ndarray]]]:
+    """The whole tiny model stored as int8, and what it was made of. Read it only."""
+    folder = tmp_path_factory.mktemp("int8") / "checkpoint"
+    arrays = {name: random_parameters(name, seed) for seed, name in enumerate(CONFIG.components)}
+    save_checkpoint(folder, CONFIG, arrays, int8=True)
+    return folder, arrays
+
+
+@pytest.mark.parametrize("name", CONFIG.components)
+def test_int8_weights_load_within_half_a_scale_and_all_others_bit_by_bit(name, int8_checkpoint):
+    folder, arrays = int8_checkpoint
+    found = values(load_checkpoint(folder, [name], dtype="float32"), name)
+    assert set(found) == set(arrays[name])
+    for path, array in arrays[name].items():
+        stacked = path.startswith(("layers.", "blocks.", "dual_blocks."))
+        if array.ndim - stacked < 2:
+            np.testing.assert_array_equal(found[path], array)
+            continue
+        # A scale for each output channel, or row of an embedding table, and layer.
+        channel = array.ndim - (2 if path.endswith(".embedding") else 1)
+        shared = tuple(axis for axis in range(int(stacked), array.ndim) if axis != channel)
+        scales = np.abs(array).max(axis=shared, keepdims=True) / 127
+        assert (np.abs(found[path] - array) <= 0.5001 * scales).all(), path
+        assert not np.array_equal(found[path], array)
+
+
+def test_int8_weights_load_as_bfloat16_and_as_lists_of_layers_with_the_same_values(int8_checkpoint):
+    folder, _ = int8_checkpoint
+    exact = values(load_checkpoint(folder, dtype="float32"), "transformer")
+    rounded = values(load_checkpoint(folder, dtype="bfloat16"), "transformer")
+    for path, array in exact.items():
+        np.testing.assert_array_equal(rounded[path], array.astype(ml_dtypes.bfloat16))
+    listed = values(load_checkpoint(folder, dtype="float32", stacked=False), "transformer")
+    np.testing.assert_array_equal(
+        listed["blocks.0.image.attention.qkv.kernel"], exact["blocks.image.attention.qkv.kernel"][0]
+    )
+
+
+def test_a_module_of_listed_layers_is_stored_as_int8_as_its_stack_is(int8_checkpoint, tmp_path):
+    folder, arrays = int8_checkpoint
+    config = ModelConfig(clip_l=CONFIG.clip_l)
+    save_checkpoint(tmp_path / "stacked", config, {"clip_l": arrays["clip_l"]})
+    listed = load_checkpoint(tmp_path / "stacked", dtype="float32", stacked=False).components
+    save_checkpoint(tmp_path / "listed", config, listed, int8=True)
+    expected = values(load_checkpoint(folder, ["clip_l"]), "clip_l")
+    for path, array in values(load_checkpoint(tmp_path / "listed"), "clip_l").items():
+        np.testing.assert_array_equal(array, expected[path])
+
+
+def test_an_int8_checkpoint_is_a_third_as_large(int8_checkpoint, small_checkpoint):
+    def weights(folder: Path) -> int:
+        return sum(file.stat().st_size for file in (folder / "transformer").rglob("*.[0-9]*"))
+
+    assert weights(int8_checkpoint[0]) < weights(small_checkpoint) / 3
+
+
+def test_lost_scales_are_named(int8_checkpoint, tmp_path):
+    folder = Path(shutil.copytree(int8_checkpoint[0], tmp_path / "checkpoint"))
+    (chunk,) = chunks(folder / "vae", "encoder.conv_in.kernel.int8_scales")
+    chunk.unlink()
+    assert_refused(folder, f"{chunk} is missing")
+
+
 def test_one_component_loads_alone(clip_checkpoint):
     folder, arrays = clip_checkpoint
     loaded = load_checkpoint(folder, ["clip_g"], dtype="float32")

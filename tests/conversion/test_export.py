@@ -19,7 +19,14 @@ from transformers import AutoTokenizer
 from conversion import ConversionError, convert, export
 from conversion import diffusers_layout as layout
 from conversion.safetensors_file import Tensor, find_weights, open_all, open_safetensors
-from sd35flash_jax.checkpoint import CheckpointError, open_stored, read_config, save_checkpoint
+from sd35flash_jax.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    open_stored,
+    parameters,
+    read_config,
+    save_checkpoint,
+)
 from sd35flash_jax.cli import main
 from sd35flash_jax.config import COMPONENTS, CLIPConfig, MMDiTConfig, ModelConfig, ScheduleConfig, T5Config, VAEConfig
 from sd35flash_jax.text import load_tokenizer
@@ -162,7 +169,7 @@ def test_every_way_round_gives_the_same_tensors(tmp_path_factory, config, dtype,
         assert convert(folder / f"{number}.{kind}", folder / f"{number + 1}") == config
         for name, expected in arrays.items():
             for path, stored in open_stored(folder / f"{number + 1}", name, config).items():
-                found = stored.read().result()
+                found = stored.read(stored.dtype)
                 assert found.dtype == dtype
                 assert found.tobytes() == expected[path].tobytes(), path
     start, end = folder / f"0.{first}", folder / f"2.{first}"
@@ -217,6 +224,18 @@ def test_a_diffusers_folder_comes_back_bit_by_bit(converted, tmp_path):
             else:
                 assert again.read_bytes() == file.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "single-file"])
+def test_int8_weights_are_exported_as_the_float32_ones_that_they_stand_for(kind, tmp_path):
+    config = ModelConfig(clip_l=CONFIG.clip_l)
+    save_checkpoint(tmp_path / "int8", config, {"clip_l": random_parameters("clip_l")}, int8=True)
+    export(tmp_path / "int8", tmp_path / "exported", kind)
+    convert(tmp_path / "exported", tmp_path / "again")
+    expected = parameters(load_checkpoint(tmp_path / "int8", dtype="float32").components["clip_l"])
+    for path, stored in open_stored(tmp_path / "again", "clip_l", config).items():
+        assert stored.dtype == np.float32
+        np.testing.assert_array_equal(stored.read(stored.dtype), expected[path])
 
 
 def test_the_number_of_t5_s_tokens_goes_round_through_the_diffusers_folder(tmp_path):

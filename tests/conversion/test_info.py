@@ -5,10 +5,11 @@ import pytest
 
 from conversion import convert
 from conversion.info import describe, format_description
-from sd35flash_jax.checkpoint import parameter_shapes
+from sd35flash_jax.checkpoint import parameter_shapes, save_checkpoint
 from sd35flash_jax.cli import main
+from sd35flash_jax.config import ModelConfig
 from tests.diffusers_source import weights_file, write_folder
-from tests.tiny_model import CONFIG
+from tests.tiny_model import CONFIG, random_parameters
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,14 @@ def test_the_text_names_every_component_and_on_request_every_tensor(converted):
     assert f"| transformer | {count('transformer'):,} | bfloat16 |" in text and "depth 4" in text
     assert "position_table" not in text
     assert "  position_table  bfloat16 [24, 24, 64]" in format_description(description, with_tensors=True)
+
+
+def test_int8_weights_are_said_to_be_stored_as_such_and_their_scales_are_no_parameters(tmp_path):
+    save_checkpoint(tmp_path / "int8", ModelConfig(t5=CONFIG.t5), {"t5": random_parameters("t5")}, int8=True)
+    description = describe(tmp_path / "int8")
+    assert description["components"]["t5"]["parameters"] == count("t5")
+    assert set(description["components"]["t5"]["dtypes"]) == {"int8", "float32"}
+    assert "  layers.qkv.kernel  int8 [3, 96, 192]" in format_description(description, with_tensors=True)
 
 
 def test_the_command_prints_json_and_refuses_what_it_cannot_read(converted, tmp_path, capsys):
