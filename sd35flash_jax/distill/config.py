@@ -90,14 +90,15 @@ class StudentConfig:
 class TrainingConfig:
     """What all stages share. `batch` rows an update, in `micro_batches` parts; sizes are in pixels; a prompt's text
     encoders are each left out with `text_dropout`, and T5 reads the teacher's own number of tokens unless given one;
-    gradients are clipped to the norm `clip`. Checkpoints, sample grids (of `sample_prompts`) and the last `keep`
-    checkpoints count in updates."""
+    gradients are clipped to the norm `clip`; `rematerialise` computes each block's activations again on the way back.
+    Checkpoints, sample grids (of `sample_prompts`) and the last `keep` checkpoints count in updates."""
 
     prompts: str
     output: str
     seed: Count = 0
     batch: Size = 8
     micro_batches: Size = 1
+    rematerialise: bool = True
     height: Size = 512
     width: Size = 512
     max_t5_tokens: Size | None = None

@@ -1,10 +1,9 @@
 """The MMDiT as the recipe's networks: parameters by dotted path in, velocities and intermediate features out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -13,11 +12,10 @@ from sd35flash_jax.config import ModelConfig
 from sd35flash_jax.distill.flow import Velocity
 from sd35flash_jax.distill.lora import Params, merge_lora
 from sd35flash_jax.distill.updates import Features, Networks
-from sd35flash_jax.models.mmdit import MMDiT
 from sd35flash_jax.text import Conditioning
 
 
-def mmdit_networks(config: ModelConfig, lora: bool, depths: Sequence[int]) -> Networks:
+def mmdit_networks(config: ModelConfig, lora: bool, depths: Sequence[int], rematerialise: bool = False) -> Networks:
     """Student and proxy as float32 parameters that are rounded to the teacher's dtype for every evaluation, or as
     LoRAs on the teacher. The heads read the proxy's image stream after as many blocks as `depths` say."""
     structure = abstract_component("transformer", config)
@@ -27,13 +25,17 @@ def mmdit_networks(config: ModelConfig, lora: bool, depths: Sequence[int]) -> Ne
             return merge_lora(teacher, params)
         return teacher | {path: array.astype(teacher[path].dtype) for path, array in params.items()}
 
+    def module(params: Params) -> Any:
+        model = with_parameters(structure, params)
+        return rematerialised(model) if rematerialise else model
+
     def velocity(params: Params) -> Velocity:
-        model: Any = with_parameters(structure, params)
+        model = module(params)
         return lambda latents, timestep, text: model(latents, timestep, text.context, text.pooled)
 
     def features(params: Params) -> Features:
-        models: Any = [first_blocks(with_parameters(structure, params), depth) for depth in depths]
-        return lambda latents, timestep, text: [image_stream(model, latents, timestep, text) for model in models]
+        model = module(params)
+        return lambda latents, timestep, text: image_features(model, latents, timestep, text, depths)
 
     return Networks(
         teacher=velocity,
@@ -43,31 +45,36 @@ def mmdit_networks(config: ModelConfig, lora: bool, depths: Sequence[int]) -> Ne
     )
 
 
-def first_blocks(model: Any, depth: int) -> MMDiT:
-    """An MMDiT of the first `depth` blocks that ends in its normed image stream: its final modulation is none and its
-    projection the identity."""
+def image_features(
+    model: Any,
+    latents: Float[Array, "b h w c"],
+    timestep: Float[Array, " b"],
+    text: Conditioning,
+    depths: Sequence[int],
+) -> list[Float[Array, "b t c"]]:
+    """An MMDiT's image stream after some numbers of blocks, from one pass."""
+    streams = model.image_streams(latents, text.context, model.modulate(timestep, text.pooled))
+    return [streams[depth - 1] for depth in depths]
+
+
+class Rematerialised(nnx.Module):
+    """A block, or a stack of them, that keeps its inputs alone for the way back and computes the rest again."""
+
+    def __init__(self, block: Any):
+        self.block = block
+
+    def modulate(self, condition: Array) -> Any:
+        return self.block.modulate(condition)
+
+    def __call__(self, image: Array, context: Array, modulation: Any, context_tokens: int) -> tuple[Array, Array]:
+        run: Callable[..., Any] = jax.checkpoint(lambda block, *inputs: block(*inputs, context_tokens))
+        return run(self.block, image, context, modulation)
+
+
+def rematerialised(model: Any) -> Any:
+    """An MMDiT whose blocks are rematerialised: more arithmetic on the way back, for a fraction of the memory."""
     model = jax.tree.map(lambda array: array, model)
-    hidden, dtype = model.config.hidden_size, model.out.kernel.dtype
-    for name in ("dual_blocks", "blocks"):
-        stack = getattr(model, name)
-        count = 0 if stack is None else len(jax.tree.leaves(stack)[0])
-        if 1 <= depth <= count:
-            model.last_block = _layers(stack, depth - 1)
-        kept = count if depth > count else max(depth - 1, 0)
-        setattr(model, name, _layers(stack, slice(kept)) if kept else None)
-        depth -= count
-    model.out_modulation = jax.tree.map(jnp.zeros_like, model.out_modulation)
-    model.out.kernel = nnx.Param(jnp.eye(hidden, dtype=dtype))
-    model.out.bias = nnx.Param(jnp.zeros(hidden, dtype))
+    for name in (*model.STACKS, "last_block"):
+        block = getattr(model, name)
+        setattr(model, name, None if block is None else Rematerialised(block))
     return model
-
-
-def image_stream(
-    model: Any, latents: Float[Array, "b h w c"], timestep: Float[Array, " b"], text: Conditioning
-) -> Float[Array, "b t c"]:
-    """What `first_blocks` ends in, token by token."""
-    return model.patchify(model(latents, timestep, text.context, text.pooled))
-
-
-def _layers(stack: Any, index: int | slice) -> Any:
-    return jax.tree.map(lambda array: array[index], stack)

@@ -187,7 +187,9 @@ class Trainer:
 
     def _stages(self) -> list[Stage]:
         config, lora = self.config, bool(self.config.student.lora_rank)
-        networks = mmdit_networks(self.loaded.config, lora, head_depths(self.model.depth))
+        networks = mmdit_networks(
+            self.loaded.config, lora, head_depths(self.model.depth), config.training.rematerialise
+        )
         ema, steps = config.training.ema, len(self.sigmas) - 1
         first = optimizers(config, config.trajectory.learning_rate)
         guidance = TrajectoryUpdate(networks, first, self.sigmas, ema)

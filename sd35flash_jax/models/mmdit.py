@@ -228,24 +228,47 @@ class MMDiT(Model):
         self, latents: Float[Array, "b h w 16"], context: Float[Array, "b t context"], modulation: Modulation
     ) -> Float[Array, "b h w 16"]:
         """The velocity, given what `modulate` made of timestep and pooled text."""
-        dtype = self.out.kernel.dtype
-        height, width = latents.shape[1:3]
-        tokens = context.shape[1]
-
-        image = self.patch_embed(self.patchify(latents.astype(dtype)))
-        image = image + self.positions(height, width)
-        # The context gets rows that nothing attends to, lest matrix products pad it one by one.
-        context = jnp.pad(context.astype(dtype), ((0, 0), (0, -tokens % ROWS_ALIGNED), (0, 0)))
-        streams = (image, self.context_embed(context))
-        for blocks, vectors in ((self.dual_blocks, modulation.dual_blocks), (self.blocks, modulation.blocks)):
-            if blocks is not None:
-                streams = scan_blocks(
-                    blocks, streams, lambda block, streams, vectors: block(*streams, vectors, tokens), vectors
-                )
+        streams, tokens = self.embed(latents, context), context.shape[1]
+        for blocks, vectors in self.stacks(modulation):
+            streams = scan_blocks(
+                blocks, streams, lambda block, streams, vectors: block(*streams, vectors, tokens), vectors
+            )
         image, _ = self.last_block(*streams, modulation.last_block, tokens)
 
         _, [normed] = add_and_norm(image, [], modulation.out, (), ((SHIFT, SCALE),))
-        return self.unpatchify(self.out(normed), height, width)
+        return self.unpatchify(self.out(normed), *latents.shape[1:3])
+
+    def image_streams(
+        self, latents: Float[Array, "b h w 16"], context: Float[Array, "b t context"], modulation: Modulation
+    ) -> list[Float[Array, "b t c"]]:
+        """What the image stream is after each block, in the course of `predict`. Blocks must be stacks."""
+        streams, tokens = self.embed(latents, context), context.shape[1]
+        images: list[Array] = []
+
+        def run(streams: tuple[Array, Array], layer: tuple[Any, Any]) -> tuple[tuple[Array, Array], Array]:
+            block, vectors = layer
+            streams = block(*streams, vectors, tokens)
+            return streams, streams[0]
+
+        for stack in self.stacks(modulation):
+            streams, after = jax.lax.scan(run, streams, stack)
+            images += list(after)
+        return [*images, self.last_block(*streams, modulation.last_block, tokens)[0]]
+
+    def embed(
+        self, latents: Float[Array, "b h w 16"], context: Float[Array, "b t context"]
+    ) -> tuple[Float[Array, "b i c"], Float[Array, "b s c"]]:
+        """Both streams as they enter the first block. The context gets rows that nothing attends to, lest matrix
+        products pad it one by one."""
+        dtype = self.out.kernel.dtype
+        image = self.patch_embed(self.patchify(latents.astype(dtype))) + self.positions(*latents.shape[1:3])
+        context = jnp.pad(context.astype(dtype), ((0, 0), (0, -context.shape[1] % ROWS_ALIGNED), (0, 0)))
+        return image, self.context_embed(context)
+
+    def stacks(self, modulation: Modulation) -> list[tuple[Any, Any]]:
+        """All blocks but the last, in order, with their vectors."""
+        pairs = ((self.dual_blocks, modulation.dual_blocks), (self.blocks, modulation.blocks))
+        return [(blocks, vectors) for blocks, vectors in pairs if blocks is not None]
 
     def patchify(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b t p"]:
         """Cut into patches, row by row; a patch's features run over its rows, columns and channels."""
