@@ -1,13 +1,12 @@
 """A whole text-to-image model, small enough for a CPU: its configuration and tokenizers. Nothing here needs PyTorch."""
 
-import json
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sd35flash_jax.checkpoint import abstract_component, parameters
 from sd35flash_jax.config import CLIPConfig, MMDiTConfig, ModelConfig, T5Config, VAEConfig
+from training.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
 CLIP_VOCABULARY = 700
 T5_VOCABULARY = 128
@@ -64,78 +63,7 @@ bicycle leans on the wall of a stone house. She doesn't know the city, but it's 
 
 def write_tokenizers(folder: Path, names: tuple[str, str, str] = ("clip_l", "clip_g", "t5")) -> None:
     """Train the three tokenizers on `TEXT` and write each into a new folder of the given name."""
-    _write_clip_tokenizer(folder / names[0], padding="<|endoftext|>")
-    _write_clip_tokenizer(folder / names[1], padding="!")
-    _write_t5_tokenizer(folder / names[2])
-
-
-def _write_clip_tokenizer(folder: Path, padding: str) -> None:
-    letters = list(_byte_letters().values())
-    specials = ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    merges_wanted = CLIP_VOCABULARY - 2 * len(letters) - len(specials)
-    trainer = trainers.BpeTrainer(
-        vocab_size=CLIP_VOCABULARY, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"][:merges_wanted]
-    # CLIP's order: bytes, bytes that end a word, merges, and the two special tokens last.
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), *specials]
-    if len(set(tokens)) != CLIP_VOCABULARY:
-        raise ValueError(f"the text yields {len(merges)} merges, but {merges_wanted} are wanted")
-
-    folder.mkdir(parents=True)
-    _write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    special_tokens = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": padding,
-        "unk_token": "<|endoftext|>",
-    }
-    _write_json(folder / "special_tokens_map.json", special_tokens)
-    _write_json(
-        folder / "tokenizer_config.json",
-        special_tokens | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True},
-    )
-
-
-def _byte_letters() -> dict[int, str]:
-    """The printable letter that stands for each byte (GPT-2's `bytes_to_unicode`)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def _write_t5_tokenizer(folder: Path) -> None:
-    specials = ["<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=T5_VOCABULARY, special_tokens=specials, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    if tokenizer.get_vocab_size() > T5_VOCABULARY:
-        raise ValueError(f"the T5 tokenizer has {tokenizer.get_vocab_size()} tokens, more than {T5_VOCABULARY}")
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special_tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    _write_json(folder / "special_tokens_map.json", special_tokens)
-    _write_json(
-        folder / "tokenizer_config.json",
-        special_tokens | {"tokenizer_class": "T5TokenizerFast", "model_max_length": 512, "extra_ids": 0},
-    )
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    lines = TEXT.splitlines()
+    write_clip_tokenizer(folder / names[0], lines, CLIP_VOCABULARY, 77, padding="<|endoftext|>")
+    write_clip_tokenizer(folder / names[1], lines, CLIP_VOCABULARY, 77, padding="!")
+    write_t5_tokenizer(folder / names[2], lines, T5_VOCABULARY)

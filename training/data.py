@@ -1,0 +1,56 @@
+"""Scenes with their captions, made by all processors at once."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from sd35flash_jax.config import ModelConfig
+from sd35flash_jax.text import token_counts
+from sd35flash_jax.world.captions import caption
+from sd35flash_jax.world.compose import SceneArrays, scene_arrays
+from sd35flash_jax.world.scenes import Content, draw_content, lay_out
+
+CHUNK = 5000
+
+
+def make_scenes(
+    count: int, seed: int, captions: int, draw: Callable[[np.random.Generator], Content] = draw_content
+) -> tuple[SceneArrays, list[list[str]]]:
+    """`count` scenes and for each some captions; scene i is a function of the seed and i alone."""
+    starts = range(0, count, CHUNK)
+    sizes = [min(CHUNK, count - start) for start in starts]
+    make = partial(_make_chunk, seed, captions, draw)
+    if len(sizes) == 1:
+        chunks = [make(0, sizes[0])]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(len(sizes), os.cpu_count() or 1), context) as pool:
+            chunks = list(pool.map(make, starts, sizes))
+    arrays = jax.tree.map(lambda *parts: np.concatenate(parts), *(scenes for scenes, _ in chunks))
+    return arrays, [texts for _, chunk in chunks for texts in chunk]
+
+
+def _make_chunk(
+    seed: int, captions: int, draw: Callable[[np.random.Generator], Content], start: int, size: int
+) -> tuple[SceneArrays, list[list[str]]]:
+    rng = np.random.default_rng([seed, start])
+    scenes = [lay_out(draw(rng), rng) for _ in range(size)]
+    return scene_arrays(scenes), [[caption(scene.content, rng) for _ in range(captions)] for scene in scenes]
+
+
+def token_ids(tokenizers: Mapping[str, Any], prompts: Sequence[str], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Ids of each encoder, `(prompts, tokens)` int32."""
+    assert config.t5 is not None
+    counts = token_counts(config, config.t5.max_tokens)
+    return {
+        name: np.array(
+            tokenizer(list(prompts), padding="max_length", max_length=counts[name], truncation=True).input_ids, np.int32
+        )
+        for name, tokenizer in tokenizers.items()
+    }

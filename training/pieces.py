@@ -1,0 +1,40 @@
+"""Arrays in a folder of small safetensors files, so that what a stretch of training leaves can be moved anywhere."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+PIECE_BYTES = 15 * 2**20
+
+
+def save_pieces(folder: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays by name into files of at most `PIECE_BYTES` each, or one array; earlier files are replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    pieces: list[dict[str, np.ndarray]] = [{}]
+    room = PIECE_BYTES
+    for name, array in sorted(arrays.items()):
+        array = np.ascontiguousarray(array)
+        if pieces[-1] and array.nbytes > room:
+            pieces.append({})
+            room = PIECE_BYTES
+        pieces[-1][name] = array
+        room -= array.nbytes
+    for number, piece in enumerate(pieces):
+        save_file(piece, folder / f"{number:03d}.safetensors")
+
+
+def load_pieces(folder: Path) -> dict[str, np.ndarray]:
+    """Read what `save_pieces` wrote.
+
+    Raises:
+        ValueError: the folder holds nothing.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors files; run the stage of training that writes them first")
+    return {name: array for file in files for name, array in load_file(file).items()}

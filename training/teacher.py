@@ -1,0 +1,242 @@
+"""The teacher: text encoders and transformer trained together by flow matching (arXiv 2403.03206) on composed scenes.
+
+    python -m training.teacher AUTOENCODER OUTPUT --seconds 450 [--resume FOLDER]
+
+AUTOENCODER is what `training.autoencoder` wrote. The scenes are encoded once and stay on the device with their
+captions' token ids. The result is a checkpoint directory, OUTPUT/teacher, and its weights in pieces, from which another
+stretch can go on.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from sd35flash_jax.checkpoint import abstract_component, build_component, parameters, save_checkpoint, with_parameters
+from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
+from sd35flash_jax.distill.flow import add_noise
+from sd35flash_jax.distill.text_dropout import drop_text_encoders
+from sd35flash_jax.frozen import Frozen
+from sd35flash_jax.text import clip_widths, encode_tokens, load_tokenizer
+from sd35flash_jax.world.captions import caption
+from sd35flash_jax.world.compose import SceneArrays, compose, sprites
+from sd35flash_jax.world.scenes import draw_content
+from training.autoencoder import load_autoencoder, load_vae
+from training.clock import train
+from training.data import make_scenes, token_ids
+from training.model import CLIP_VOCABULARY, SIZE, T5_VOCABULARY, TEXT_TOKENS
+from training.optimizer import adam, blockwise_muon
+from training.pieces import load_pieces, save_pieces
+from training.tokenizers import write_clip_tokenizer, write_t5_tokenizer
+
+CAPTIONS = 2
+NO_CAPTION = 0.1
+NO_ENCODER = 0.1
+TRAINED = ("transformer", *TEXT_ENCODERS)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["latents", "tokens", "no_caption"], meta_fields=[])
+@dataclass(frozen=True)
+class Data:
+    """What is on the device: latents `(n, h, w, c)`, ids of some captions of each `(n, captions, tokens)` for each
+    encoder, and those of an empty prompt."""
+
+    latents: Float[Array, "n h w c"]
+    tokens: dict[str, Int[Array, "n captions t"]]
+    no_caption: dict[str, Int[Array, " t"]]
+
+
+def write_tokenizers(folder: Path) -> dict[str, Path]:
+    """The three tokenizers, trained on captions of their own, and where each lies."""
+    rng = np.random.default_rng(5)
+    lines = [caption(draw_content(rng), rng) for _ in range(40_000)]
+    write_clip_tokenizer(folder / "clip_l", lines, CLIP_VOCABULARY, TEXT_TOKENS, padding="<|endoftext|>")
+    write_clip_tokenizer(folder / "clip_g", lines, CLIP_VOCABULARY, TEXT_TOKENS, padding="!")
+    write_t5_tokenizer(folder / "t5", lines, T5_VOCABULARY)
+    return {name: folder / name for name in TEXT_ENCODERS}
+
+
+def initial_parameters(config: ModelConfig) -> dict[str, Array]:
+    """Fresh float32 parameters of everything trained, by `component.path`; each block begins as the identity
+    (adaLN-Zero, arXiv 2212.09748)."""
+    params = {}
+    for seed, name in enumerate(TRAINED):
+        for path, array in parameters(build_component(name, config, seed)).items():
+            if path == "position_table":
+                continue
+            closed = path.startswith("out.") or "modulation." in path
+            params[f"{name}.{path}"] = jnp.zeros_like(array) if name == "transformer" and closed else array
+    # T5 does not scale its logits, so its queries begin small (arXiv 1910.10683).
+    assert config.t5 is not None
+    queries = jnp.arange(3 * config.t5.heads * config.t5.head_size) < config.t5.heads * config.t5.head_size
+    params["t5.layers.qkv.kernel"] *= jnp.where(queries, config.t5.head_size**-0.5, 1)
+    return params
+
+
+def component(structures: Mapping[str, Any], params: Mapping[str, Array], name: str, dtype: Any) -> Any:
+    """One component with its share of the parameters, rounded for the arithmetic."""
+    own = {path.removeprefix(f"{name}."): array for path, array in params.items() if path.startswith(f"{name}.")}
+    return with_parameters(structures[name], {path: array.astype(dtype) for path, array in own.items()})
+
+
+def flow_matching_loss(
+    structures: Mapping[str, Any], config: ModelConfig, params: Mapping[str, Array], data: Data, key: Array, dtype: Any
+) -> tuple[Array, dict[str, Array]]:
+    """`E | v(x_sigma, sigma) - (noise - clean) |^2` at levels whose logit is normal, shifted as sampling is. Captions,
+    and what single encoders read of them, are left out now and then."""
+    assert config.t5 is not None
+    keys = jax.random.split(key, 5)
+    batch = len(data.latents)
+    which = jax.random.randint(keys[0], (batch,), 0, CAPTIONS)
+    dropped = jax.random.bernoulli(keys[1], NO_CAPTION, (batch, 1))
+    tokens = {
+        name: jnp.where(dropped, data.no_caption[name], ids[jnp.arange(batch), which])
+        for name, ids in data.tokens.items()
+    }
+    encoders = {name: Frozen(component(structures, params, name, dtype)) for name in TEXT_ENCODERS}
+    text = encode_tokens(encoders, tokens, config=config, t5_tokens=config.t5.max_tokens)
+    widths = clip_widths(config)
+    text = drop_text_encoders(text, keys[2], NO_ENCODER, (widths["clip_l"], widths["clip_g"]), TEXT_TOKENS)
+
+    level = jax.nn.sigmoid(jax.random.normal(keys[3], (batch,)))
+    shift = config.schedule.shift
+    sigma = shift * level / (1 + (shift - 1) * level)
+    clean = data.latents.astype(jnp.float32)
+    noise = jax.random.normal(keys[4], clean.shape)
+    transformer = component(structures, params, "transformer", dtype)
+    velocity = transformer(add_noise(clean, noise, sigma), 1000 * sigma, text.context, text.pooled)
+    error = jnp.square(velocity.astype(jnp.float32) - (noise - clean)).mean(axis=(1, 2, 3))
+    late = sigma < 0.5
+    of_late = jnp.where(late, error, 0).sum() / jnp.maximum(late.sum(), 1)
+    return error.mean(), {"loss": error.mean(), "late": of_late}
+
+
+def encode_scenes(folder: Path, scenes: SceneArrays, size: int, dtype: Any, batch: int = 100) -> Array:
+    """Latents of scenes at model scale, `(n, size/8, size/8, 16)`."""
+    vae, atlas = load_vae(folder, dtype), jax.device_put(sprites())
+    encode = jax.jit(lambda scenes: vae.encode(compose(atlas, scenes, size)).astype(dtype))
+    count = len(scenes.kind)
+    channels = vae.config.latent_channels
+    latents = jnp.zeros((count, size // 8, size // 8, channels), dtype)
+    put = jax.jit(lambda all, part, at: jax.lax.dynamic_update_slice(all, part, (at, 0, 0, 0)), donate_argnums=0)
+    for start in range(0, count - count % batch, batch):
+        rows = slice(start, start + batch)
+        latents = put(latents, encode(SceneArrays(*(array[rows] for array in scenes))), start)
+    return latents[: count - count % batch]
+
+
+def main(options: argparse.Namespace) -> None:
+    config, vae = load_autoencoder(options.autoencoder)
+    dtype = jnp.dtype(options.dtype)
+    scenes, captions = make_scenes(options.scenes, options.seed, CAPTIONS)
+    folders = (
+        write_tokenizers(options.output / "tokenizers")
+        if options.tokenizers is None
+        else {name: options.tokenizers / name for name in TEXT_ENCODERS}
+    )
+    tokenizers = {name: load_tokenizer(name, folder) for name, folder in folders.items()}
+    latents = encode_scenes(options.autoencoder, scenes, options.size, dtype)
+    kept = [text for texts in captions[: len(latents)] for text in texts]
+    ids = token_ids(tokenizers, ["", *kept], config)
+    data = Data(
+        latents,
+        {name: jnp.asarray(array[1:].reshape(-1, CAPTIONS, array.shape[-1])) for name, array in ids.items()},
+        {name: jnp.asarray(array[0]) for name, array in ids.items()},
+    )
+    structures = {name: table_in_place(abstract_component(name, config), config, name) for name in TRAINED}
+    params = initial_parameters(config)
+    if options.resume:
+        params = {path: jnp.asarray(array, jnp.float32) for path, array in load_pieces(options.resume).items()}
+    optimizer = blockwise_muon(params) if options.optimizer == "muon" else adam()
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: Any, rate: Array, key: Array, data: Data) -> tuple[Any, dict[str, Array]]:
+        def one(state: Any, key: Array) -> tuple[Any, dict[str, Array]]:
+            params, average, moments, count = state
+            row_key, loss_key = jax.random.split(key)
+            rows = jax.random.randint(row_key, (options.batch,), 0, len(data.latents))
+            tokens = {name: ids[rows] for name, ids in data.tokens.items()}
+            chosen = replace(data, latents=data.latents[rows], tokens=tokens)
+            loss = partial(flow_matching_loss, structures, config)
+            gradients, metrics = jax.grad(loss, has_aux=True)(params, chosen, loss_key, dtype)
+            steps, moments = optimizer.update(gradients, moments, params)
+            params = optax.apply_updates(params, jax.tree.map(lambda step: rate * step, steps))
+            decay = jnp.minimum(0.999, (1 + count) / (10 + count))
+            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+            return (params, average, moments, count + 1), metrics
+
+        state, metrics = jax.lax.scan(one, state, jax.random.split(key, options.per_call))
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros(()))
+    run = partial(_with_data, update, data)
+    log = options.output / f"{options.name}.csv"
+    (_, average, _, _), calls = train(run, state, options.seconds, options.rate, options.seed, log)
+    rounded = {path: np.asarray(array, jnp.bfloat16) for path, array in average.items()}
+    save_pieces(options.output / f"{options.name}-weights", rounded)
+    summary = {
+        "updates": calls * options.per_call,
+        "batch": options.batch,
+        "scenes": len(latents),
+        "size": options.size,
+    }
+    summary |= {"seconds": options.seconds, "rate": options.rate, "optimizer": options.optimizer}
+    (options.output / f"{options.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary))
+    write_checkpoint(options.output / options.name, config, rounded, vae, folders)
+
+
+def _with_data(update: Any, data: Data, state: Any, rate: Any, key: Array) -> Any:
+    return update(state, rate, key, data)
+
+
+def table_in_place(structure: Any, config: ModelConfig, name: str) -> Any:
+    """The transformer's shapes with its position table, which is not trained."""
+    if name != "transformer":
+        return structure
+    table = parameters(build_component(name, config))["position_table"]
+    return with_parameters(structure, {"position_table": table})
+
+
+def write_checkpoint(
+    path: Path,
+    config: ModelConfig,
+    trained: Mapping[str, np.ndarray],
+    vae: Mapping[str, np.ndarray],
+    tokenizers: Mapping[str, Path],
+) -> None:
+    """The whole model as a checkpoint directory."""
+    table = parameters(build_component("transformer", config))["position_table"]
+    components: dict[str, dict[str, Any]] = {"vae": dict(vae), "transformer": {"position_table": np.asarray(table)}}
+    for full, array in trained.items():
+        name, _, own = full.partition(".")
+        components.setdefault(name, {})[own] = array
+    save_checkpoint(path, config, components, tokenizers, source="trained by training/ of this repository")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train flash-mini's teacher.")
+    parser.add_argument("autoencoder", type=Path, help="folder that training.autoencoder wrote")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--name", default="teacher")
+    parser.add_argument("--resume", type=Path, help="go on from a folder of weights in pieces")
+    parser.add_argument("--tokenizers", type=Path, help="of the stretch before")
+    parser.add_argument("--seconds", type=float, default=450.0)
+    parser.add_argument("--scenes", type=int, default=240_000)
+    parser.add_argument("--batch", type=int, default=384)
+    parser.add_argument("--per-call", type=int, default=20)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=("muon", "adam"), default="muon")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the arithmetic")
+    main(parser.parse_args())
