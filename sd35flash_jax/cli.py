@@ -159,7 +159,39 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("config", type=Path, help="TOML file, as docs/distillation.md describes it")
     text = "set one of its values, such as matching.updates=100; repeat for more"
     distill.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=text)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="mark a checkpoint's pictures of prompts that training never saw", formatter_class=_Defaults
+    )
+    evaluate.set_defaults(run=_evaluate)
+    text = "checkpoint directory, as made by convert; the bundled model unless given"
+    evaluate.add_argument("checkpoint", type=Path, nargs="?", help=text)
+    evaluate.add_argument("--steps", type=int, default=4)
+    evaluate.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; none up to 1")
+    text = "one more row, such as teacher=checkpoints/teacher:50:4; the bundled model if CHECKPOINT is empty"
+    row = "NAME=CHECKPOINT:STEPS:GUIDANCE"
+    evaluate.add_argument("--compare", type=_compared, action="append", metavar=row, help=text)
+    evaluate.add_argument("--seeds", type=int, default=3, help="pictures of each prompt")
+    evaluate.add_argument("--prompts", type=int, help="of each category, for a quick run; all unless given")
+    evaluate.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="prompts in place of the suite's, one a line"
+    )
+    text = "world: the detector of flash-mini's world; clip: the CLIP score"
+    evaluate.add_argument("--scorer", choices=("world", "clip"), default="world", help=text)
+    evaluate.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP model, as transformers stores it")
+    evaluate.add_argument("--batch", type=int, default=32, help="pictures at a time")
+    evaluate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    evaluate.add_argument("--output", type=Path, default=Path("evaluation"), help="folder for JSON, table and pictures")
     return parser
+
+
+def _compared(text: str) -> tuple[str, Path | None, int, float]:
+    try:
+        name, how = text.split("=", 1)
+        checkpoint, steps, guidance = how.rsplit(":", 2)
+        return name, Path(checkpoint).expanduser() if checkpoint else None, int(steps), float(guidance)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=CHECKPOINT:STEPS:GUIDANCE") from None
 
 
 def _add_lora_options(parser: argparse.ArgumentParser) -> None:
@@ -327,6 +359,25 @@ def _distill(options: argparse.Namespace) -> None:
     from sd35flash_jax.distill.trainer import distill
 
     print(distill(read_distill_config(options.config, options.set), progress=True))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from sd35flash_jax.evaluate.clip import ClipScorer
+    from sd35flash_jax.evaluate.run import Sampler, evaluate
+    from sd35flash_jax.evaluate.suite import MOST_PROMPTS, read_prompts, suite
+
+    if (options.scorer == "clip") != bool(options.clip):
+        raise ValueError("--scorer clip and --clip FOLDER go together: the score needs a CLIP model")
+    if options.prompt_file and options.scorer == "world":
+        raise ValueError("the world's scorer knows its own prompts alone; give --prompt-file with --scorer clip")
+    wanted = MOST_PROMPTS if options.prompts is None else options.prompts
+    prompts = read_prompts(options.prompt_file) if options.prompt_file else suite(wanted)
+    named = options.checkpoint.name if options.checkpoint else "bundled model"
+    first = Sampler(f"{named}, {options.steps} steps", options.checkpoint, options.steps, options.guidance)
+    samplers = [first, *(Sampler(*parts) for parts in options.compare or [])]
+    scorer = ClipScorer(options.clip) if options.clip else None
+    output: Path = options.output.expanduser()
+    print(evaluate(samplers, prompts, options.seeds, output, scorer, options.batch, options.dtype, progress=True))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,216 @@
+"""Samplers made to draw a list of prompts over some seeds, marked, timed and written down."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from sd35flash_jax.checkpoint import bundled_checkpoint, read_config
+from sd35flash_jax.evaluate.detector import SIDE, Detector, load_detector, look
+from sd35flash_jax.evaluate.report import draw_grid, format_table, shrink
+from sd35flash_jax.evaluate.scoring import Figure, Mark, Scorer, WorldScorer
+from sd35flash_jax.evaluate.suite import Prompt
+from sd35flash_jax.pipeline import FlashPipeline, check_request, image_bytes
+from sd35flash_jax.world.compose import compose, scene_arrays, sprites
+from sd35flash_jax.world.scenes import lay_out
+
+COMPOSED = "composed pictures"
+"""The name of the row that says how well the detector reads pictures that are right for certain."""
+_SEEDS_APART = 1_000_000
+_REFERENCE_SEED = 1000
+
+Paint = Callable[[Sequence[Prompt], int], UInt8[np.ndarray, "b h w 3"]]
+"""Draws prompts; picture i depends on its prompt and on the number plus i alone."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A checkpoint, the bundled one if None, and how it is sampled."""
+
+    name: str
+    checkpoint: Path | None = None
+    steps: int = 4
+    guidance: float = 1.0
+
+
+class Row(NamedTuple):
+    """What became of one sampler."""
+
+    name: str
+    sampler: Sampler | None
+    """None where the pictures were composed."""
+    figures: dict[str, Figure]
+    marks: list[list[Mark]]
+    """Of each seed, one for each prompt."""
+    seconds: float
+    """For a picture, from its prompt to its bytes on the host; the median over batches, so that compiling is left
+    out of a run of several."""
+
+
+def evaluate(
+    samplers: Sequence[Sampler],
+    prompts: Sequence[Prompt],
+    seeds: int,
+    output: Path,
+    scorer: Scorer | None = None,
+    batch: int = 32,
+    dtype: str = "bfloat16",
+    progress: bool = False,
+) -> str:
+    """Draw, mark and write down every sampler; what is done is on the disk after each.
+
+    `output` gets evaluation.json, evaluation.md, and for each row a grid of pictures with right and wrong ones.
+
+    Args:
+        samplers: one row of the table each.
+        prompts: `suite()`, or others for a scorer that takes any.
+        seeds: pictures of each prompt.
+        output: a folder, made if need be.
+        scorer: the world's detector unless given; it marks composed pictures first, for the table's first row.
+        batch: pictures at a time.
+        dtype: of the samplers, "bfloat16" or "float32".
+        progress: show bars on standard error.
+
+    Returns:
+        The table as Markdown.
+
+    Raises:
+        ValueError: an option is out of range, or a checkpoint, or the detector, is missing or damaged. What can be
+            refused is refused before anything is drawn.
+    """
+    if seeds < 1 or batch < 1:
+        raise ValueError(f"seeds and batch must be positive, not {seeds} and {batch}")
+    if len({COMPOSED, *(sampler.name for sampler in samplers)}) <= len(samplers):
+        raise ValueError(f"samplers must have names of their own, other than {COMPOSED!r}")
+    for sampler in samplers:
+        config = read_config(sampler.checkpoint or bundled_checkpoint())
+        check_request(config, 1, sampler.steps, None, sampler.guidance, None, None, 0)
+    output.mkdir(parents=True, exist_ok=True)
+    measured = partial(_measure, prompts=prompts, seeds=seeds, batch=batch, output=output, progress=progress)
+    rows = []
+    if scorer is None:
+        scorer = world_scorer(load_detector(), prompts, seeds, batch)
+        rows.append(measured(COMPOSED, None, compose_prompts, scorer=scorer))
+        _write(output, rows, prompts)
+    # Neighbours of one checkpoint share its weights, and no two checkpoints are loaded at a time.
+    for checkpoint, neighbours in groupby(samplers, key=lambda sampler: sampler.checkpoint):
+        pipe = FlashPipeline.from_pretrained(checkpoint, dtype=dtype, progress=progress)
+        for sampler in neighbours:
+            rows.append(measured(sampler.name, sampler, painter(pipe, sampler), scorer=scorer))
+            _write(output, rows, prompts)
+    return (output / "evaluation.md").read_text(encoding="utf-8").rstrip()
+
+
+def world_scorer(detector: Detector, prompts: Sequence[Prompt], seeds: int, batch: int) -> WorldScorer:
+    """A scorer whose reference is as many composed pictures of the prompts as a sampler draws, but other ones."""
+    pictures = (
+        images
+        for seed in range(_REFERENCE_SEED, _REFERENCE_SEED + seeds)
+        for _, images, _ in _batches(compose_prompts, prompts, seed, batch)
+    )
+    return WorldScorer(detector, np.array([view.features for images in pictures for view in look(detector, images)]))
+
+
+def painter(pipe: FlashPipeline, sampler: Sampler) -> Paint:
+    """How a sampler draws, at its model's own size."""
+    side = pipe.config.default_size
+    negative = pipe.encode([""]) if sampler.guidance > 1 else None
+
+    def paint(prompts: Sequence[Prompt], number: int) -> UInt8[np.ndarray, "b h w 3"]:
+        noise = pipe.noise(number, len(prompts), side, side)
+        conditioning = pipe.encode([prompt.text for prompt in prompts])
+        latents = pipe.denoise(noise, conditioning, steps=sampler.steps, guidance=sampler.guidance, negative=negative)
+        return image_bytes(pipe.decode(latents))
+
+    return paint
+
+
+def compose_prompts(prompts: Sequence[Prompt], number: int) -> UInt8[np.ndarray, "b 256 256 3"]:
+    """Pictures that are right for certain, laid out anew for each number."""
+    generators = [np.random.default_rng(number + index) for index in range(len(prompts))]
+    scenes = [lay_out(prompt.content(rng), rng) for prompt, rng in zip(prompts, generators)]
+    return image_bytes(compose(sprites(), scene_arrays(scenes), SIDE))
+
+
+def _measure(
+    name: str,
+    sampler: Sampler | None,
+    paint: Paint,
+    *,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    seeds: int,
+    batch: int,
+    output: Path,
+    progress: bool,
+) -> Row:
+    marks: list[list[Mark]] = []
+    thumbnails, times = [], []
+    with tqdm(total=seeds * len(prompts), desc=name, unit="picture", disable=not progress) as bar:
+        for seed in range(seeds):
+            marks.append([])
+            for part, images, seconds in _batches(paint, prompts, seed, batch):
+                marks[-1] += scorer.mark(part, images)
+                thumbnails += [shrink(image) for image in images] if seed == 0 else []
+                times.append(seconds / batch)
+                bar.update(len(part))
+    draw_grid(prompts, marks[0], thumbnails).save(output / f"{name.replace('/', ' ')}.png")
+    return Row(name, sampler, scorer.figures(prompts, marks), marks, float(np.median(times)))
+
+
+def _batches(
+    paint: Paint, prompts: Sequence[Prompt], seed: int, batch: int
+) -> Iterator[tuple[Sequence[Prompt], UInt8[np.ndarray, "b h w 3"], float]]:
+    """The prompts batch by batch with their pictures, and the seconds that they took. All batches have one size, so
+    that one program serves them: the last is filled up, and what fills it is dropped."""
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        filled = [*part, *[part[-1]] * (batch - len(part))]
+        began = time.perf_counter()
+        images = paint(filled, seed * _SEEDS_APART + start)
+        yield part, images[: len(part)], time.perf_counter() - began
+
+
+def _write(output: Path, rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
+    report = {
+        "date": date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "prompts": len(prompts),
+        "seeds": len(rows[0].marks),
+        "rows": [_row_as_json(row, prompts) for row in rows],
+    }
+    (output / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (output / "evaluation.md").write_text(format_table(report) + "\n", encoding="utf-8")
+
+
+def _row_as_json(row: Row, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    sampled = (
+        {
+            "checkpoint": str(row.sampler.checkpoint or "bundled"),
+            "steps": row.sampler.steps,
+            "guidance": row.sampler.guidance,
+        }
+        if row.sampler
+        else {}
+    )
+    return {
+        "name": row.name,
+        **sampled,
+        "seconds": row.seconds,
+        "figures": {name: figure._asdict() for name, figure in row.figures.items()},
+        "pictures": [
+            {"prompt": prompt.text, "category": prompt.category, "seed": seed, "right": mark.right, "seen": mark.seen}
+            for seed, of_seed in enumerate(row.marks)
+            for prompt, mark in zip(prompts, of_seed)
+        ],
+    }
