@@ -10,8 +10,12 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sd35flash_jax.config import COMPONENTS, PRESETS
+
+if TYPE_CHECKING:
+    from sd35flash_jax.evaluate.scoring import Scorer
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -176,9 +180,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="prompts in place of the suite's, one a line"
     )
-    text = "world: the detector of flash-mini's world; clip: the CLIP score"
-    evaluate.add_argument("--scorer", choices=("world", "clip"), default="world", help=text)
-    evaluate.add_argument("--clip", type=Path, metavar="FOLDER", help="CLIP model, as transformers stores it")
+    text = "world: the detector of flash-mini's world; clip: the CLIP score; fid: the Frechet inception distance"
+    evaluate.add_argument("--scorer", choices=("world", "clip", "fid"), default="world", help=text)
+    text = "for --scorer clip: a CLIP model, as transformers stores it"
+    evaluate.add_argument("--clip", type=Path, metavar="FOLDER", help=text)
+    text = "for --scorer fid: torch-fidelity's weights of Inception"
+    evaluate.add_argument("--inception", type=Path, metavar="FILE", help=text)
+    text = "for --scorer fid: the images to compare with"
+    evaluate.add_argument("--reference", type=Path, metavar="FOLDER", help=text)
     evaluate.add_argument("--batch", type=int, default=32, help="pictures at a time")
     evaluate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     evaluate.add_argument("--output", type=Path, default=Path("evaluation"), help="folder for JSON, table and pictures")
@@ -362,22 +371,35 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from sd35flash_jax.evaluate.clip import ClipScorer
     from sd35flash_jax.evaluate.run import Sampler, evaluate
     from sd35flash_jax.evaluate.suite import MOST_PROMPTS, read_prompts, suite
 
-    if (options.scorer == "clip") != bool(options.clip):
-        raise ValueError("--scorer clip and --clip FOLDER go together: the score needs a CLIP model")
     if options.prompt_file and options.scorer == "world":
-        raise ValueError("the world's scorer knows its own prompts alone; give --prompt-file with --scorer clip")
+        raise ValueError("the world's scorer knows its own prompts alone; give --prompt-file with another --scorer")
     wanted = MOST_PROMPTS if options.prompts is None else options.prompts
     prompts = read_prompts(options.prompt_file) if options.prompt_file else suite(wanted)
     named = options.checkpoint.name if options.checkpoint else "bundled model"
     first = Sampler(f"{named}, {options.steps} steps", options.checkpoint, options.steps, options.guidance)
     samplers = [first, *(Sampler(*parts) for parts in options.compare or [])]
-    scorer = ClipScorer(options.clip) if options.clip else None
+    scorer = _scorer(options, len(prompts) * options.seeds)
     output: Path = options.output.expanduser()
     print(evaluate(samplers, prompts, options.seeds, output, scorer, options.batch, options.dtype, progress=True))
+
+
+def _scorer(options: argparse.Namespace, pictures: int) -> "Scorer | None":
+    if options.scorer == "clip":
+        from sd35flash_jax.evaluate.clip import ClipScorer
+
+        if not options.clip:
+            raise ValueError("--scorer clip needs --clip FOLDER")
+        return ClipScorer(options.clip)
+    if options.scorer == "fid":
+        from sd35flash_jax.evaluate.fid import FidScorer
+
+        if not options.inception or not options.reference:
+            raise ValueError("--scorer fid needs --inception FILE and --reference FOLDER")
+        return FidScorer(options.inception, options.reference, pictures)
+    return None
 
 
 if __name__ == "__main__":

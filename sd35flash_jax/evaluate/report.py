@@ -53,7 +53,7 @@ def draw_grid(prompts: Sequence[Prompt], marks: Sequence[Mark], tiles: Sequence[
                 draw.rectangle((x - 4, y - 4, x + TILE + 3, y + TILE + 3), fill="red")
             grid.paste(tiles[index], (x, y))
             said = prompts[index].text
-            if marks[index].right is not True:
+            if marks[index].seen and marks[index].right is not True:
                 said += f" [{marks[index].seen}]"
             words = "\n".join(wrap(said, _LETTERS_A_LINE)[:_LINES])
             draw.multiline_text((x, y + TILE + _MARGIN), words, "black", font, spacing=1)

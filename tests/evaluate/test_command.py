@@ -1,12 +1,16 @@
 import argparse
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sd35flash_jax import checkpoint
 from sd35flash_jax.cli import main
 from sd35flash_jax.evaluate import run
+from sd35flash_jax.evaluate.fid import FidScorer
 from sd35flash_jax.evaluate.run import Sampler
 from sd35flash_jax.evaluate.suite import suite
 
@@ -51,9 +55,13 @@ def test_a_row_of_another_form_is_wrong_usage(row, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scorer", "clip"], "--scorer clip and --clip FOLDER go together"),
-        (["--clip", "x"], "--scorer clip and --clip FOLDER go together"),
-        (["--prompt-file", "x"], "give --prompt-file with --scorer clip"),
+        (["--scorer", "clip"], "--scorer clip needs --clip FOLDER"),
+        (["--scorer", "fid", "--inception", "x"], "--scorer fid needs --inception FILE and --reference FOLDER"),
+        (
+            ["--scorer", "fid", "--inception", "x", "--reference", "y"],
+            "more than 2048 pictures on each side, and y has 0",
+        ),
+        (["--prompt-file", "x"], "give --prompt-file with another --scorer"),
         (["--prompts", "0"], "1 to 110 prompts of each category, not 0"),
         (["--scorer", "clip", "--clip", "nowhere"], "nowhere is not a folder with a CLIP model"),
     ],
@@ -69,6 +77,53 @@ def test_evaluate_without_any_checkpoint_says_what_is_missing(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "absent")
     assert main(["evaluate", "--output", str(tmp_path / "out")]) == 1
     assert "no model is bundled" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+class Extractor:
+    """In place of torch-fidelity's Inception: a few means of a picture, among features that never vary."""
+
+    def __init__(self, name, features, weights):
+        assert features == ["2048"] and Path(weights).is_file()
+
+    def __call__(self, pixels):
+        features = pixels.float().mean(dim=(2, 3)) / 255
+        return (features.repeat(1, 683)[:, :2048],)
+
+
+@pytest.fixture
+def fid_files(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(FeatureExtractorInceptionV3=Extractor))
+    weights, reference = tmp_path / "inception.pth", tmp_path / "reference"
+    weights.touch()
+    reference.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (2049, 1, 1, 3), np.uint8)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(reference / f"{number}.png")
+    return weights, reference, images
+
+
+def test_fid_is_the_distance_of_a_samplers_pictures_to_the_reference(fid_files):
+    weights, reference, images = fid_files
+    scorer = FidScorer(weights, reference, 2049)
+    darker = scorer.mark([], images // 2)
+    (same,), (other,) = (scorer.figures([], [marks]).values() for marks in (scorer.mark([], images), darker))
+    assert same.mean == pytest.approx(0, abs=1e-3) and other.mean > 10 and other.spread is None
+
+
+def test_fid_of_too_few_pictures_is_refused_before_anything_is_drawn(fid_files):
+    weights, reference, _ = fid_files
+    with pytest.raises(ValueError, match="more than 2048 pictures on each side, and a sampler has 2048"):
+        FidScorer(weights, reference, 2048)
+
+
+def test_missing_weights_of_inception_and_a_missing_package_are_said(fid_files, monkeypatch):
+    weights, reference, _ = fid_files
+    with pytest.raises(ValueError, match=r"absent\.pth is missing: download"):
+        FidScorer(weights.with_name("absent.pth"), reference, 2049)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match="FID needs torch-fidelity: pip install"):
+        FidScorer(weights, reference, 2049)
 
 
 def test_clip_scores_are_what_transformers_computes(tmp_path):
