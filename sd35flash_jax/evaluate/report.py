@@ -27,9 +27,10 @@ def format_table(report: dict[str, Any]) -> str:
     lines = [f"{report['prompts']} prompts, {report['seeds']} seeds, {report['device']}, {report['date']}", ""]
     lines += [_line(header), _line(["---"] * len(header))]
     for row in rows:
-        cells = [row["name"], str(row.get("steps", "")), f"{row['guidance']:g}" if "guidance" in row else ""]
-        cells += [_figure(row["figures"].get(name)) for name in names]
-        lines.append(_line([*cells, f"{1000 * row['seconds']:.3g}"]))
+        sampled = "steps" in row
+        how = [str(row["steps"]), f"{row['guidance']:g}"] if sampled else ["", ""]
+        figures = [_figure(row["figures"].get(name)) for name in names]
+        lines.append(_line([row["name"], *how, *figures, f"{1000 * row['seconds']:.3g}" if sampled else ""]))
     return "\n".join(lines)
 
 

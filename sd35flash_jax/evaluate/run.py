@@ -113,12 +113,13 @@ def evaluate(
 
 def world_scorer(detector: Detector, prompts: Sequence[Prompt], seeds: int, batch: int) -> WorldScorer:
     """A scorer whose reference is as many composed pictures of the prompts as a sampler draws, but other ones."""
-    pictures = (
-        images
+    views = (
+        view
         for seed in range(_REFERENCE_SEED, _REFERENCE_SEED + seeds)
-        for _, images, _ in _batches(compose_prompts, prompts, seed, batch)
+        for _, images, count, _ in _batches(compose_prompts, prompts, seed, batch)
+        for view in look(detector, images)[:count]
     )
-    return WorldScorer(detector, np.array([view.features for images in pictures for view in look(detector, images)]))
+    return WorldScorer(detector, np.array([view.features for view in views]))
 
 
 def painter(pipe: FlashPipeline, sampler: Sampler) -> Paint:
@@ -159,26 +160,26 @@ def _measure(
     with tqdm(total=seeds * len(prompts), desc=name, unit="picture", disable=not progress) as bar:
         for seed in range(seeds):
             marks.append([])
-            for part, images, seconds in _batches(paint, prompts, seed, batch):
-                marks[-1] += scorer.mark(part, images)
-                thumbnails += [shrink(image) for image in images] if seed == 0 else []
+            for filled, images, count, seconds in _batches(paint, prompts, seed, batch):
+                marks[-1] += scorer.mark(filled, images)[:count]
+                thumbnails += [shrink(image) for image in images[:count]] if seed == 0 else []
                 times.append(seconds / batch)
-                bar.update(len(part))
+                bar.update(count)
     draw_grid(prompts, marks[0], thumbnails).save(output / f"{name.replace('/', ' ')}.png")
     return Row(name, sampler, scorer.figures(prompts, marks), marks, float(np.median(times)))
 
 
 def _batches(
     paint: Paint, prompts: Sequence[Prompt], seed: int, batch: int
-) -> Iterator[tuple[Sequence[Prompt], UInt8[np.ndarray, "b h w 3"], float]]:
-    """The prompts batch by batch with their pictures, and the seconds that they took. All batches have one size, so
-    that one program serves them: the last is filled up, and what fills it is dropped."""
+) -> Iterator[tuple[Sequence[Prompt], UInt8[np.ndarray, "b h w 3"], int, float]]:
+    """The prompts batch by batch: with their pictures, how many of them count, and the seconds that they took. All
+    batches have one size, so that one program serves them: the last is filled up with what does not count."""
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         filled = [*part, *[part[-1]] * (batch - len(part))]
         began = time.perf_counter()
         images = paint(filled, seed * _SEEDS_APART + start)
-        yield part, images[: len(part)], time.perf_counter() - began
+        yield filled, images, len(part), time.perf_counter() - began
 
 
 def _write(output: Path, rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
@@ -194,19 +195,9 @@ def _write(output: Path, rows: Sequence[Row], prompts: Sequence[Prompt]) -> None
 
 
 def _row_as_json(row: Row, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    sampled = (
-        {
-            "checkpoint": str(row.sampler.checkpoint or "bundled"),
-            "steps": row.sampler.steps,
-            "guidance": row.sampler.guidance,
-        }
-        if row.sampler
-        else {}
-    )
     return {
         "name": row.name,
-        **sampled,
-        "seconds": row.seconds,
+        **(_sampler_as_json(row.sampler, row.seconds) if row.sampler else {}),
         "figures": {name: figure._asdict() for name, figure in row.figures.items()},
         "pictures": [
             {"prompt": prompt.text, "category": prompt.category, "seed": seed, "right": mark.right, "seen": mark.seen}
@@ -214,3 +205,8 @@ def _row_as_json(row: Row, prompts: Sequence[Prompt]) -> dict[str, Any]:
             for prompt, mark in zip(prompts, of_seed)
         ],
     }
+
+
+def _sampler_as_json(sampler: Sampler, seconds: float) -> dict[str, Any]:
+    checkpoint = str(sampler.checkpoint or "bundled")
+    return {"checkpoint": checkpoint, "steps": sampler.steps, "guidance": sampler.guidance, "seconds": seconds}

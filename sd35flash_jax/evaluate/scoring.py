@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 
 from sd35flash_jax.evaluate.detector import Detector, Found, View, look
 from sd35flash_jax.evaluate.frechet import diversity, frechet_distance
-from sd35flash_jax.evaluate.suite import CATEGORIES, Prompt
+from sd35flash_jax.evaluate.suite import Prompt
 from sd35flash_jax.world.objects import THINGS
 from sd35flash_jax.world.scenes import Relation
 
@@ -66,7 +66,7 @@ class WorldScorer:
         right = np.array([[mark.right for mark in of_seed] for of_seed in marks], float)
         of_category = {
             category: right[:, [prompt.category == category for prompt in prompts]].mean(axis=1)
-            for category in CATEGORIES
+            for category in dict.fromkeys(prompt.category for prompt in prompts)
         }
         shown: dict[str, Figure] = {category: Figure.over_seeds(values) for category, values in of_category.items()}
         shown["overall"] = Figure.over_seeds(np.mean(list(of_category.values()), axis=0))

@@ -2,24 +2,28 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from sd35flash_jax.checkpoint import BUNDLED
-from sd35flash_jax.evaluate.detector import WEIGHTS
-from sd35flash_jax.evaluate.run import COMPOSED, Sampler, evaluate
-from sd35flash_jax.evaluate.suite import CATEGORIES, suite
+from sd35flash_jax.evaluate.detector import WEIGHTS, WIDTHS, load_detector
+from sd35flash_jax.evaluate.run import Sampler, compose_prompts, evaluate
+from sd35flash_jax.evaluate.scoring import WorldScorer
+from sd35flash_jax.evaluate.suite import suite
 
 needs_detector = pytest.mark.skipif(not WEIGHTS.is_file(), reason="the detector is not trained yet")
 needs_model = pytest.mark.skipif(not BUNDLED.is_dir(), reason="no model is bundled yet")
 
 
 @needs_detector
-def test_the_detector_reads_composed_pictures_right_98_times_in_100_at_least(tmp_path):
-    evaluate([], suite(), 1, tmp_path)
-    (row,) = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
-    assert row["name"] == COMPOSED
-    below = {name: row["figures"][name]["mean"] for name in CATEGORIES if row["figures"][name]["mean"] < 0.98}
-    assert below == {}
+def test_the_detector_reads_composed_pictures_right_98_times_in_100_at_least():
+    scorer, prompts = WorldScorer(load_detector(), np.zeros((0, WIDTHS[-1]))), suite()
+    marks = []
+    for start in range(0, len(prompts), 67):
+        part = prompts[start : start + 67]
+        marks += scorer.mark(part, compose_prompts(part, start))
+    figures = scorer.figures(prompts, [marks])
+    assert [f"{name}: {figure.mean:.3f}" for name, figure in figures.items() if figure.mean < 0.98] == []
 
 
 @needs_detector

@@ -132,6 +132,14 @@ def test_composed_pictures_are_the_first_row_where_the_detector_judges(monkeypat
     assert table.splitlines()[4].startswith(f"| {COMPOSED} |  |  | ")
 
 
+def test_a_last_batch_that_is_not_full_compiles_nothing_new(monkeypatch, tmp_path, compilations):
+    monkeypatch.setattr(run, "load_detector", lambda: Detector(rngs=nnx.Rngs(0)))
+    evaluate([], suite(1)[:4], 1, tmp_path, batch=4)
+    compilations.clear()
+    evaluate([], suite(1), 1, tmp_path, batch=4)
+    assert compilations == []
+
+
 def test_composed_pictures_are_the_same_for_one_number_and_new_for_another():
     prompts = suite(1)
     first, again, other = (compose_prompts(prompts, number) for number in (0, 0, 5))
