@@ -1,4 +1,4 @@
-"""A stretch of training: as many updates as fit into a number of seconds, with a learning rate that falls to zero."""
+"""A stretch of training: as many updates as fit before a moment, with a learning rate that falls to zero by then."""
 
 import math
 import time
@@ -25,13 +25,13 @@ def learning_rate(progress: float, peak: float) -> float:
 def train(
     update: Callable[[Any, float, jax.Array], tuple[Any, dict[str, jax.Array]]],
     state: Any,
-    seconds: float,
+    until: float,
     peak: float,
     seed: int,
     log: Path,
 ) -> tuple[Any, int]:
-    """Run `state, metrics = update(state, learning rate, key)` until the time is over; the first two calls, which
-    compile, do not count. Metrics go to a CSV file, and every update is awaited one call later.
+    """Run `state, metrics = update(state, learning rate, key)` until a moment of `time.monotonic`. The first two calls,
+    which compile, have a learning rate of zero. Metrics go to a CSV file, and every update is awaited one call later.
 
     Returns the last state and the number of calls.
 
@@ -41,19 +41,17 @@ def train(
     key = jax.random.key(seed)
     log.parent.mkdir(parents=True, exist_ok=True)
     rows, calls, started, pending = [], 0, math.inf, None
-    with tqdm(total=round(seconds), unit="s", desc=log.stem) as bar:
-        while True:
+    with tqdm(total=max(0, round(until - time.monotonic())), unit="s", desc=log.stem) as bar:
+        while (now := time.monotonic()) < until:
             if calls == 2:
                 jax.block_until_ready(state)
-                started = time.monotonic()
-            elapsed = max(0.0, time.monotonic() - started)
-            if elapsed >= seconds:
-                break
-            rate = learning_rate(elapsed / seconds, peak)
+                started = now = time.monotonic()
+            elapsed = max(0.0, now - started)
+            rate = learning_rate(elapsed / (until - started), peak) if elapsed else 0.0
             state, metrics = update(state, np.float32(rate), jax.random.fold_in(key, calls))
             if pending is not None:
                 rows.append(_row(*pending))
-                bar.n = min(round(elapsed), round(seconds))
+                bar.n = min(round(bar.total - (until - now)), bar.total)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in rows[-1].items()})
             pending = (calls, elapsed, rate, metrics)
             calls += 1

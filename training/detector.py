@@ -1,10 +1,11 @@
 """The detector that evaluation marks pictures with, trained on composed scenes, half of them through the autoencoder.
 
-python -m training.detector AUTOENCODER OUTPUT --seconds 60
+python -m training.detector AUTOENCODER OUTPUT --seconds 100
 """
 
 import argparse
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def detection_loss(sight: Sight, scenes: Any, backgrounds: Array) -> tuple[Array
 
 
 def main(options: argparse.Namespace) -> None:
+    until = time.monotonic() + options.seconds
     dtype = jnp.dtype(options.dtype)
     scenes, _ = make_scenes(options.scenes, 50, 0)
     data = jax.device_put((scenes, background_labels(scenes)))
@@ -107,7 +109,7 @@ def main(options: argparse.Namespace) -> None:
 
     state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params))
     log = options.output / "detector.csv"
-    (_, average, _), calls = train(run, state, options.seconds, LEARNING_RATE, 1, log)
+    (_, average, _), calls = train(run, state, until, LEARNING_RATE, 1, log)
     save_pieces(options.output / "detector", {path: np.asarray(array, jnp.bfloat16) for path, array in average.items()})
     summary = {"updates": calls * options.per_call, "batch": options.batch, "seconds": options.seconds}
     (options.output / "detector.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -118,7 +120,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the detector.")
     parser.add_argument("autoencoder", type=Path, help="folder that training.autoencoder wrote")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=100.0, help="of the whole stretch")
     parser.add_argument("--scenes", type=int, default=100_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--per-call", type=int, default=20)

@@ -2,7 +2,7 @@
 
 from sd35flash_jax.config import CLIPConfig, MMDiTConfig, ModelConfig, ScheduleConfig, T5Config, VAEConfig
 
-SIZE = 256
+SIZE = 192
 TEXT_TOKENS = 32
 CLIP_VOCABULARY = 1900
 T5_VOCABULARY = 1024
@@ -16,7 +16,7 @@ FLASH_MINI = ModelConfig(
         context_size=320,
         pooled_size=320,
         position_table_side=24,
-        position_base=16,
+        position_base=12,
         qk_norm=True,
         dual_attention_blocks=3,
     ),

@@ -1,6 +1,6 @@
 """The teacher: text encoders and transformer trained together by flow matching (arXiv 2403.03206) on composed scenes.
 
-    python -m training.teacher AUTOENCODER OUTPUT --seconds 450 [--resume FOLDER]
+    python -m training.teacher AUTOENCODER OUTPUT --seconds 560 [--resume FOLDER]
 
 AUTOENCODER is what `training.autoencoder` wrote. The scenes are encoded once and stay on the device with their
 captions' token ids. The result is a checkpoint directory, OUTPUT/teacher, and its weights in pieces, from which another
@@ -9,6 +9,7 @@ stretch can go on.
 
 import argparse
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +40,7 @@ from training.pieces import load_pieces, save_pieces
 from training.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
 CAPTIONS = 2
+PROMPTS = 40_000
 NO_CAPTION = 0.1
 NO_ENCODER = 0.1
 TRAINED = ("transformer", *TEXT_ENCODERS)
@@ -135,6 +137,7 @@ def encode_scenes(folder: Path, scenes: SceneArrays, size: int, dtype: Any, batc
 
 
 def main(options: argparse.Namespace) -> None:
+    until = time.monotonic() + options.seconds
     config, vae = load_autoencoder(options.autoencoder)
     dtype = jnp.dtype(options.dtype)
     scenes, captions = make_scenes(options.scenes, options.seed, CAPTIONS)
@@ -143,6 +146,7 @@ def main(options: argparse.Namespace) -> None:
         if options.tokenizers is None
         else {name: options.tokenizers / name for name in TEXT_ENCODERS}
     )
+    (options.output / "prompts.txt").write_text("".join(f"{texts[0]}\n" for texts in captions[:PROMPTS]), "utf-8")
     tokenizers = {name: load_tokenizer(name, folder) for name, folder in folders.items()}
     latents = encode_scenes(options.autoencoder, scenes, options.size, dtype)
     kept = [text for texts in captions[: len(latents)] for text in texts]
@@ -152,7 +156,7 @@ def main(options: argparse.Namespace) -> None:
         {name: jnp.asarray(array[1:].reshape(-1, CAPTIONS, array.shape[-1])) for name, array in ids.items()},
         {name: jnp.asarray(array[0]) for name, array in ids.items()},
     )
-    structures = {name: table_in_place(abstract_component(name, config), config, name) for name in TRAINED}
+    structures = {name: table_in_place(abstract_component(name, config), config, name, dtype) for name in TRAINED}
     params = initial_parameters(config)
     if options.resume:
         params = {path: jnp.asarray(array, jnp.float32) for path, array in load_pieces(options.resume).items()}
@@ -180,7 +184,7 @@ def main(options: argparse.Namespace) -> None:
     state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros(()))
     run = partial(_with_data, update, data)
     log = options.output / f"{options.name}.csv"
-    (_, average, _, _), calls = train(run, state, options.seconds, options.rate, options.seed, log)
+    (_, average, _, _), calls = train(run, state, until, options.rate, options.seed, log)
     rounded = {path: np.asarray(array, jnp.bfloat16) for path, array in average.items()}
     save_pieces(options.output / f"{options.name}-weights", rounded)
     summary = {
@@ -199,12 +203,12 @@ def _with_data(update: Any, data: Data, state: Any, rate: Any, key: Array) -> An
     return update(state, rate, key, data)
 
 
-def table_in_place(structure: Any, config: ModelConfig, name: str) -> Any:
+def table_in_place(structure: Any, config: ModelConfig, name: str, dtype: Any) -> Any:
     """The transformer's shapes with its position table, which is not trained."""
     if name != "transformer":
         return structure
     table = parameters(build_component(name, config))["position_table"]
-    return with_parameters(structure, {"position_table": table})
+    return with_parameters(structure, {"position_table": table.astype(dtype)})
 
 
 def write_checkpoint(
@@ -230,7 +234,7 @@ if __name__ == "__main__":
     parser.add_argument("--name", default="teacher")
     parser.add_argument("--resume", type=Path, help="go on from a folder of weights in pieces")
     parser.add_argument("--tokenizers", type=Path, help="of the stretch before")
-    parser.add_argument("--seconds", type=float, default=450.0)
+    parser.add_argument("--seconds", type=float, default=560.0, help="of the whole stretch")
     parser.add_argument("--scenes", type=int, default=240_000)
     parser.add_argument("--batch", type=int, default=384)
     parser.add_argument("--per-call", type=int, default=20)
