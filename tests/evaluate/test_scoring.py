@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,7 @@ from sd35flash_jax.evaluate.detector import Found, View
 from sd35flash_jax.evaluate.scoring import Figure, Mark, WorldScorer, describe, is_right, stands
 from sd35flash_jax.evaluate.suite import Prompt, suite
 from sd35flash_jax.world.objects import THINGS
-from sd35flash_jax.world.scenes import Background, Group
+from sd35flash_jax.world.scenes import RELATIONS, Background, Group, lay_out
 
 NAMES = [thing.name for thing in THINGS]
 CAT, DOG, ROCKET = (NAMES.index(name) for name in ("cat", "dog", "rocket"))
@@ -129,3 +131,26 @@ def test_diversity_is_left_out_where_there_is_one_seed():
     scorer = WorldScorer(None, np.zeros((0, 3)))
     assert "diversity" not in scorer.figures(prompts, marks(prompts, 1))
     assert scorer.figures(prompts, marks(prompts, 2))["diversity"].mean > 0
+
+
+def truth(prompt, seed):
+    """The view of a detector that is never wrong, of a picture composed for a prompt."""
+    rng = np.random.default_rng(seed)
+    scene = lay_out(prompt.content(rng), rng)
+    found = [Found(sprite.thing, sprite.x, sprite.y, sprite.side, rng.uniform(0.5, 1)) for sprite in scene.sprites]
+    return View(sorted(found, key=lambda find: -find.certainty), scene.content.background.label, np.zeros(3))
+
+
+def test_a_picture_composed_for_a_prompt_is_right_for_it_and_wrong_for_others():
+    prompts = suite()
+    views = [truth(prompt, seed) for seed, prompt in enumerate(prompts)]
+    assert all(is_right(prompt, view) for prompt, view in zip(prompts, views))
+    for shift in (1, 2, 50):
+        assert sum(is_right(prompt, views[index - shift]) for index, prompt in enumerate(prompts)) <= 5
+
+
+def test_a_composed_relation_is_wrong_for_every_other_relation():
+    prompts = [prompt for prompt in suite() if prompt.category == "position"]
+    for seed, prompt in enumerate(prompts):
+        others = [replace(prompt, relation=other) for other in RELATIONS if other != prompt.relation]
+        assert not any(is_right(other, truth(prompt, seed)) for other in others)
