@@ -95,18 +95,20 @@ def evaluate(
     for sampler in samplers:
         config = read_config(sampler.checkpoint or bundled_checkpoint())
         check_request(config, 1, sampler.steps, None, sampler.guidance, None, None, 0)
+    judge = scorer or world_scorer(load_detector(), prompts, seeds, batch)
     output.mkdir(parents=True, exist_ok=True)
-    measured = partial(_measure, prompts=prompts, seeds=seeds, batch=batch, output=output, progress=progress)
+    measured = partial(
+        _measure, scorer=judge, prompts=prompts, seeds=seeds, batch=batch, output=output, progress=progress
+    )
     rows = []
     if scorer is None:
-        scorer = world_scorer(load_detector(), prompts, seeds, batch)
-        rows.append(measured(COMPOSED, None, compose_prompts, scorer=scorer))
+        rows.append(measured(COMPOSED, None, compose_prompts))
         _write(output, rows, prompts)
-    # Neighbours of one checkpoint share its weights, and no two checkpoints are loaded at a time.
+    # Neighbours of one checkpoint share its weights.
     for checkpoint, neighbours in groupby(samplers, key=lambda sampler: sampler.checkpoint):
         pipe = FlashPipeline.from_pretrained(checkpoint, dtype=dtype, progress=progress)
         for sampler in neighbours:
-            rows.append(measured(sampler.name, sampler, painter(pipe, sampler), scorer=scorer))
+            rows.append(measured(sampler.name, sampler, painter(pipe, sampler)))
             _write(output, rows, prompts)
     return (output / "evaluation.md").read_text(encoding="utf-8").rstrip()
 

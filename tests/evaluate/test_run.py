@@ -9,7 +9,7 @@ from flax import nnx
 from PIL import Image
 
 from sd35flash_jax.evaluate import run
-from sd35flash_jax.evaluate.detector import Detector
+from sd35flash_jax.evaluate.detector import Detector, load_detector
 from sd35flash_jax.evaluate.run import COMPOSED, Sampler, compose_prompts, evaluate, painter
 from sd35flash_jax.evaluate.scoring import Figure, Mark
 from sd35flash_jax.evaluate.suite import suite
@@ -119,6 +119,13 @@ def test_what_can_be_refused_is_refused_before_anything_is_drawn(change, message
     given = {"samplers": [sampler], "prompts": suite(1), "seeds": 1, "output": tmp_path / "out", "scorer": FakeScorer()}
     with pytest.raises(ValueError, match=message):
         evaluate(**given | change)
+    assert not pipeline.loads and not (tmp_path / "out").exists()
+
+
+def test_a_missing_detector_is_said_before_anything_is_drawn(small_checkpoint, pipeline, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "load_detector", lambda: load_detector(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="absent are missing"):
+        evaluate([Sampler("one", small_checkpoint)], suite(1), 1, tmp_path / "out")
     assert not pipeline.loads and not (tmp_path / "out").exists()
 
 
