@@ -28,6 +28,7 @@ COMPOSED = "composed pictures"
 """The name of the row that says how well the detector reads pictures that are right for certain."""
 _SEEDS_APART = 1_000_000
 _REFERENCE_SEED = 1000
+"""The first of the reference's seeds, so that its pictures are others than those of the first row."""
 
 Paint = Callable[[Sequence[Prompt], int], UInt8[np.ndarray, "b h w 3"]]
 """Draws prompts; picture i depends on its prompt and on the number plus i alone."""
@@ -76,7 +77,8 @@ def evaluate(
         prompts: `suite()`, or others for a scorer that takes any.
         seeds: pictures of each prompt.
         output: a folder, made if need be.
-        scorer: the world's detector unless given; it marks composed pictures first, for the table's first row.
+        scorer: the world's detector unless given; it marks composed pictures first, of the first sampler's size, for
+            the table's first row.
         batch: pictures at a time.
         dtype: of the samplers, "bfloat16" or "float32".
         progress: show bars on standard error.
@@ -92,17 +94,19 @@ def evaluate(
         raise ValueError(f"seeds and batch must be positive, not {seeds} and {batch}")
     if len({COMPOSED, *(sampler.name for sampler in samplers)}) <= len(samplers):
         raise ValueError(f"samplers must have names of their own, other than {COMPOSED!r}")
-    for sampler in samplers:
-        config = read_config(sampler.checkpoint or bundled_checkpoint())
+    configs = [read_config(sampler.checkpoint or bundled_checkpoint()) for sampler in samplers]
+    for sampler, config in zip(samplers, configs):
         check_request(config, 1, sampler.steps, None, sampler.guidance, None, None, 0)
-    judge = scorer or world_scorer(load_detector(), prompts, seeds, batch)
+    # Composed as large as the samplers draw, so that sharpness alone is no difference.
+    composed = partial(compose_prompts, side=configs[0].default_size if configs else SIDE)
+    judge = scorer or world_scorer(load_detector(), composed, prompts, seeds, batch)
     output.mkdir(parents=True, exist_ok=True)
     measured = partial(
         _measure, scorer=judge, prompts=prompts, seeds=seeds, batch=batch, output=output, progress=progress
     )
     rows = []
     if scorer is None:
-        rows.append(measured(COMPOSED, None, compose_prompts))
+        rows.append(measured(COMPOSED, None, composed))
         _write(output, rows, prompts)
     # Neighbours of one checkpoint share its weights.
     for checkpoint, neighbours in groupby(samplers, key=lambda sampler: sampler.checkpoint):
@@ -113,12 +117,12 @@ def evaluate(
     return (output / "evaluation.md").read_text(encoding="utf-8").rstrip()
 
 
-def world_scorer(detector: Detector, prompts: Sequence[Prompt], seeds: int, batch: int) -> WorldScorer:
-    """A scorer whose reference is as many composed pictures of the prompts as a sampler draws, but other ones."""
+def world_scorer(detector: Detector, composed: Paint, prompts: Sequence[Prompt], seeds: int, batch: int) -> WorldScorer:
+    """A scorer whose reference is as many composed pictures of the prompts as a sampler draws."""
     views = (
         view
         for seed in range(_REFERENCE_SEED, _REFERENCE_SEED + seeds)
-        for _, images, count, _ in _batches(compose_prompts, prompts, seed, batch)
+        for _, images, count, _ in _batches(composed, prompts, seed, batch)
         for view in look(detector, images)[:count]
     )
     return WorldScorer(detector, np.array([view.features for view in views]))
@@ -138,11 +142,11 @@ def painter(pipe: FlashPipeline, sampler: Sampler) -> Paint:
     return paint
 
 
-def compose_prompts(prompts: Sequence[Prompt], number: int) -> UInt8[np.ndarray, "b 256 256 3"]:
+def compose_prompts(prompts: Sequence[Prompt], number: int, side: int = SIDE) -> UInt8[np.ndarray, "b side side 3"]:
     """Pictures that are right for certain, laid out anew for each number."""
     generators = [np.random.default_rng(number + index) for index in range(len(prompts))]
     scenes = [lay_out(prompt.content(rng), rng) for prompt, rng in zip(prompts, generators)]
-    return image_bytes(compose(sprites(), scene_arrays(scenes), SIDE))
+    return image_bytes(compose(sprites(), scene_arrays(scenes), side))
 
 
 def _measure(

@@ -10,6 +10,7 @@ from sd35flash_jax.evaluate.detector import WEIGHTS, WIDTHS, load_detector
 from sd35flash_jax.evaluate.run import Sampler, compose_prompts, evaluate
 from sd35flash_jax.evaluate.scoring import WorldScorer
 from sd35flash_jax.evaluate.suite import suite
+from training.model import SIZE
 
 needs_detector = pytest.mark.skipif(not WEIGHTS.is_file(), reason="the detector is not trained yet")
 needs_model = pytest.mark.skipif(not BUNDLED.is_dir(), reason="no model is bundled yet")
@@ -21,7 +22,7 @@ def test_the_detector_reads_composed_pictures_right_98_times_in_100_at_least():
     marks = []
     for start in range(0, len(prompts), 67):
         part = prompts[start : start + 67]
-        marks += scorer.mark(part, compose_prompts(part, start))
+        marks += scorer.mark(part, compose_prompts(part, start, SIZE))
     figures = scorer.figures(prompts, [marks])
     assert [f"{name}: {figure.mean:.3f}" for name, figure in figures.items() if figure.mean < 0.98] == []
 

@@ -166,3 +166,16 @@ def test_a_sampler_draws_what_the_pipeline_does(small_checkpoint):
     for image, theirs in zip(ours, result.images):
         # The empty prompt is encoded once here, and once for each picture there.
         np.testing.assert_allclose(image.astype(int), np.asarray(theirs).astype(int), atol=1)
+
+
+def test_pictures_are_composed_as_large_as_the_first_sampler_draws(small_checkpoint, pipeline, monkeypatch, tmp_path):
+    sizes = []
+
+    def compose(prompts, number, side):
+        sizes.append(side)
+        return np.zeros((len(prompts), side, side, 3), np.uint8)
+
+    monkeypatch.setattr(run, "compose_prompts", compose)
+    monkeypatch.setattr(run, "load_detector", lambda: Detector(rngs=nnx.Rngs(0)))
+    evaluate([Sampler("one", small_checkpoint)], suite(1), 1, tmp_path, batch=5)
+    assert sizes == [CONFIG.default_size] * 2
