@@ -221,6 +221,8 @@ def save_checkpoint(
     destination = Path(path).expanduser()
     if set(components) != set(config.components):
         raise ValueError(f"the configuration has {config.components}, but the components are {tuple(components)}")
+    own = jax.process_index()  # Of several processes, the one that calls this writes and waits for no other.
+    alone = ocp.options.MultiprocessingOptions(own, {own}, destination.name)
     with written_whole(destination) as folder:
         folder.mkdir()
         for name, tokenizer in (tokenizers or {}).items():
@@ -230,9 +232,12 @@ def save_checkpoint(
             if int8:
                 arrays = _quantized(name, arrays)
             handler = ocp.PyTreeCheckpointHandler(
-                use_ocdbt=False, use_compression=False, type_handler_registry=_STREAMING_REGISTRY
+                use_ocdbt=False,
+                use_compression=False,
+                type_handler_registry=_STREAMING_REGISTRY,
+                multiprocessing_options=alone,
             )
-            with ocp.Checkpointer(handler) as checkpointer:
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
                 chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
                 checkpointer.save((folder / name).absolute(), args=ocp.args.PyTreeSave(arrays, save_args=chunks))
         header = {
@@ -386,7 +391,8 @@ def _write_chunk(file: Path, chunk: np.ndarray, dtype: np.dtype) -> None:
 
 _STREAMING_REGISTRY = type_handlers.create_type_handler_registry(
     (StreamedArray, _StreamedArrayHandler()),
-    (jax.Array, type_handlers.ArrayHandler()),
+    # Of an array that is whole on several devices, its first device writes all, not each a part.
+    (jax.Array, type_handlers.ArrayHandler(use_replica_parallel=False)),
     (np.ndarray, type_handlers.NumpyHandler()),
 )
 

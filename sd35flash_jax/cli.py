@@ -163,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("config", type=Path, help="TOML file, as docs/distillation.md describes it")
     text = "set one of its values, such as matching.updates=100; repeat for more"
     distill.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=text)
+    text = "be one of several processes, which find each other as jax.distributed.initialize() finds them"
+    distill.add_argument("--distributed", action="store_true", help=text)
 
     evaluate = commands.add_parser(
         "evaluate", help="mark a checkpoint's pictures of prompts that training never saw", formatter_class=_Defaults
@@ -367,6 +369,8 @@ def _distill(options: argparse.Namespace) -> None:
     from sd35flash_jax.distill.config import read_distill_config
     from sd35flash_jax.distill.trainer import distill
 
+    if options.distributed:
+        _join_processes()
     print(distill(read_distill_config(options.config, options.set), progress=True))
 
 
@@ -400,6 +404,17 @@ def _scorer(options: argparse.Namespace, pictures: int) -> "Scorer | None":
             raise ValueError("--scorer fid needs --inception FILE and --reference FOLDER")
         return FidScorer(options.inception, options.reference, pictures)
     return None
+
+
+def _join_processes() -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            f"JAX finds no other processes ({error}); start them with srun or mpirun, or leave --distributed out"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -113,6 +113,13 @@ class TrainingConfig:
 
 
 @section
+class ShardingConfig:
+    """Over how many devices each large parameter is cut; all devices there are train, in groups of so many."""
+
+    fsdp: Size = 1
+
+
+@section
 class DistillConfig:
     """A whole distillation: one section of the file for each field."""
 
@@ -122,6 +129,7 @@ class DistillConfig:
     trajectory: TrajectoryConfig = TrajectoryConfig()
     matching: MatchingConfig = MatchingConfig()
     split: SplitConfig = SplitConfig()
+    sharding: ShardingConfig = ShardingConfig()
 
 
 def read_distill_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, Int, PyTree
 from tqdm import tqdm
 
@@ -17,6 +19,7 @@ from sd35flash_jax.distill.flow import Velocity, guided
 from sd35flash_jax.distill.text_dropout import drop_text_encoders
 from sd35flash_jax.distill.trajectory import synthesize_trajectory
 from sd35flash_jax.distill.updates import Batch
+from sd35flash_jax.sharding import row_sharding
 from sd35flash_jax.text import Conditioning
 
 
@@ -86,7 +89,7 @@ def kept_trajectories(
     progress: bool = False,
 ) -> Float16[np.ndarray, "n k+1 ..."]:
     """Trajectories of `shape`, read from a file as rows are asked for; where it is not there, it is made first, by
-    `synthesize` of a batch of row numbers at a time.
+    `synthesize` of a batch of row numbers at a time. Of several processes, the first writes and all read.
 
     Raises:
         FloatingPointError: a point of a trajectory is not finite, or too large for half precision.
@@ -94,7 +97,7 @@ def kept_trajectories(
     if not path.exists():
         count = shape[0]
         partial_path = path.with_suffix(".partial")
-        file = np.lib.format.open_memmap(partial_path, "w+", np.float16, shape)
+        file = np.lib.format.open_memmap(partial_path, "w+", np.float16, shape) if jax.process_index() == 0 else None
         with tqdm(total=count, unit="row", desc="synthesizing trajectories", disable=not progress) as bar:
             for start in range(0, count, batch):
                 # The last batch is filled up with the first rows, lest a smaller one compile anew.
@@ -103,10 +106,13 @@ def kept_trajectories(
                     raise FloatingPointError(
                         "the teacher's trajectories are not finite; check its weights and lower teacher.guidance"
                     )
-                file[start : start + batch] = made
+                if file is not None:
+                    file[start : start + batch] = made
                 bar.update(len(made))
-        file.flush()
-        partial_path.rename(path)
+        if file is not None:
+            file.flush()
+            partial_path.rename(path)
+        sync_global_devices(f"{path} is whole")
     return np.load(path, mmap_mode="r")
 
 
@@ -116,9 +122,11 @@ Real = Literal["trajectories", "samples", "nothing"]
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes an update's batch, in one program. `clip_widths` and `clip_tokens` are as in `drop_text_encoders`."""
+    """Makes an update's batch, in one program, with the rows of each micro-batch over the devices of `mesh`.
+    `clip_widths` and `clip_tokens` are as in `drop_text_encoders`."""
 
     synthesis: Synthesis
+    mesh: Mesh
     micro_batches: int
     text_dropout: float
     clip_widths: tuple[int, int]
@@ -151,6 +159,7 @@ class BatchMaker:
             lambda array: array.reshape(self.micro_batches, -1, *array.shape[1:]),
             Batch(conditioning, student, repeated(negative, rows), given.astype(jnp.float32)),
         )
+        batch = jax.lax.with_sharding_constraint(batch, row_sharding(self.mesh, 1))
         if kept is not None:
             return replace(batch, real=batch.real.swapaxes(1, 2)) if real == "trajectories" else batch
         if real == "nothing":

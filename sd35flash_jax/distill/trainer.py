@@ -16,6 +16,7 @@ import csv
 import hashlib
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,20 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental.multihost_utils import sync_global_devices
 from jaxtyping import Array
 from PIL import Image
 from tqdm import tqdm
 
-from sd35flash_jax.checkpoint import load_checkpoint, parameters, save_checkpoint, with_parameters
-from sd35flash_jax.config import MMDiTConfig, ModelConfig, ScheduleConfig
+from sd35flash_jax.checkpoint import (
+    Checkpoint,
+    abstract_component,
+    load_checkpoint,
+    parameters,
+    save_checkpoint,
+    with_parameters,
+)
+from sd35flash_jax.config import MMDiTConfig, ScheduleConfig
 from sd35flash_jax.distill.adversarial import init_heads
 from sd35flash_jax.distill.config import DistillConfig
 from sd35flash_jax.distill.data import BatchMaker, Real, Synthesis, kept_trajectories, prompt_order, read_prompts
@@ -50,6 +59,7 @@ from sd35flash_jax.distill.updates import (
 )
 from sd35flash_jax.pipeline import DOWNSAMPLING, FlashPipeline, check_size
 from sd35flash_jax.schedule import choose_sigmas, shifted_sigmas
+from sd35flash_jax.sharding import make_mesh, parameter_shardings, put, replicated, row_sharding
 from sd35flash_jax.text import Conditioning, clip_widths, token_counts, tokenize
 
 LOSSES = (
@@ -97,19 +107,25 @@ class Trainer:
 
     def __init__(self, config: DistillConfig, progress: bool = False):
         self.config = config
-        self.progress = progress
         self.folder = Path(config.training.output).expanduser().absolute()
         self.prompts = read_prompts(Path(config.training.prompts).expanduser())
-        self.loaded = load_checkpoint(config.teacher.checkpoint, dtype=config.training.dtype, progress=progress)
-        self.model = self._check_fit(self.loaded.config)
+        self.mesh = make_mesh(config.sharding.fsdp)
+        self.writes = jax.process_index() == 0
+        self.progress = progress and self.writes
+        check_rows(config, self.mesh.size)
+        whole = replicated(self.mesh)
+        loaded = load_checkpoint(config.teacher.checkpoint, None, config.training.dtype, whole, self.progress)
+        self.model = self._check_fit(loaded)
+        self.structure = abstract_component("transformer", loaded.config)
+        params: Params = parameters(loaded.components.pop("transformer"))
+        self.teacher: Params = jax.device_put(params, parameter_shardings(self.mesh, params))
+        del params  # whole on every device
+        self.loaded = loaded
         self.pipeline = FlashPipeline.from_checkpoint(self.loaded, config.training.max_t5_tokens)
         self.sigmas = (*config.student.sigmas, 0.0)
-        self.teacher: Params = parameters(self.loaded.components["transformer"])
         self.stages = self._stages()
-        # Committed to its devices from the start: JAX compiles anew for arrays that it may place as it likes.
-        self.placement = jax.tree.leaves(self.teacher)[0].sharding
-        self.state = jax.device_put(self._initial_state(), self.placement)
-        self.key = jax.device_put(jax.random.key(config.training.seed), self.placement)
+        self.key = jax.jit(jax.random.key, out_shardings=whole)(config.training.seed)
+        self.state = self._in_parts(self._initial_state, self.teacher, self.key)
         self.kept: dict[str, Params] = {}
         self.unread: deque[tuple[str, int, int, Metrics]] = deque()
         self.stage = self.done = 0
@@ -123,18 +139,23 @@ class Trainer:
     def run(self) -> None:
         """Go through the stages from where the folder's last checkpoint ended."""
         self._resume()
-        self._read_prompts()
+        with jax.set_mesh(self.mesh):
+            self._read_prompts()
+            self._run_stages()
+        self.manager.close()
+
+    def _run_stages(self) -> None:
         total = sum(stage.updates for stage in self.stages)
+        shardings = (parameter_shardings(self.mesh, self.state), replicated(self.mesh))
         with tqdm(total=total, initial=self.position, desc="distilling", disable=not self.progress) as bar:
             while self.stage < len(self.stages):
                 stage = self.stages[self.stage]
                 bar.set_description(stage.name)
-                update = jax.jit(stage.update, donate_argnums=0)
+                update = jax.jit(stage.update, donate_argnums=0, out_shardings=shardings)
                 while self.done < stage.updates:
                     self._update_once(stage, update, bar)
                 self._report(bar)
                 self._finish_stage(stage)
-        self.manager.close()
 
     @property
     def position(self) -> int:
@@ -163,7 +184,8 @@ class Trainer:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not all(map(math.isfinite, values.values())):
                 raise FloatingPointError(self._not_finite(stage, done, values))
-            append_losses(self.folder / "losses.csv", position, stage, values)
+            if self.writes:
+                append_losses(self.folder / "losses.csv", position, stage, values)
             bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
             bar.update()
 
@@ -179,11 +201,19 @@ class Trainer:
         self.stage, self.done = self.stage + 1, 0
         if self.stage < len(self.stages) and self.stages[self.stage].name == "split-low":
             self.kept["base"] = student
-        # An update takes over the arrays of its state, so that the state may not share them with `kept`.
-        learner = begin(jax.tree.map(jnp.copy, student), stage.update.optimizers.student)
-        state = replace(self.state, student=learner, ema=jax.tree.map(jnp.copy, student))
-        self.state = jax.device_put(state, self.placement)
+
+        def go_on(state: State, student: Params) -> State:
+            # An update takes over the arrays of its state, so that the state may not share them with `kept`.
+            learner = begin(jax.tree.map(jnp.copy, student), stage.update.optimizers.student)
+            return replace(state, student=learner, ema=jax.tree.map(jnp.copy, student))
+
+        self.state = self._in_parts(go_on, self.state, student)
         self.save()
+
+    def _in_parts(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function makes, on the devices as the table of partition rules says; it is never whole on one."""
+        shardings = parameter_shardings(self.mesh, jax.eval_shape(make, *arguments))
+        return jax.jit(make, out_shardings=shardings)(*arguments)
 
     def _stages(self) -> list[Stage]:
         config, lora = self.config, bool(self.config.student.lora_rank)
@@ -206,10 +236,10 @@ class Trainer:
                 stages.append(Stage(f"split-{branch}", config.split.updates, update))
         return stages
 
-    def _initial_state(self) -> State:
+    def _initial_state(self, teacher: Params, key: Array) -> State:
         config, chosen = self.config, self.stages[0].update.optimizers
-        trained = parameters(self.loaded.components["transformer"], nnx.Param)  # all but stored tables
-        keys = jax.random.split(jax.random.key(config.training.seed), 3)
+        trained = {path: teacher[path] for path in parameters(self.structure, nnx.Param)}  # all but stored tables
+        keys = jax.random.split(key, 3)
 
         def fresh(key: Array) -> Params:
             if config.student.lora_rank:
@@ -247,6 +277,7 @@ class Trainer:
         widths = clip_widths(self.loaded.config)
         maker = BatchMaker(
             synthesis,
+            self.mesh,
             training.micro_batches,
             training.text_dropout,
             (widths["clip_l"], widths["clip_g"]),
@@ -262,10 +293,10 @@ class Trainer:
     def _kept_trajectories(self, synthesis: Synthesis) -> np.ndarray:
         teaching, training = self.config.teacher, self.config.training
         key = jax.random.fold_in(self.key, 2**32 - 1)  # Updates count up from 0.
-        of_rows = jax.jit(synthesis.of_rows)
+        of_rows = jax.jit(synthesis.of_rows, out_shardings=replicated(self.mesh))
 
         def synthesize(rows: np.ndarray) -> Array:
-            return of_rows(self.teacher, key, rows, self._conditioning(rows), self.negative)
+            return of_rows(self.teacher, key, self._by_rows(rows), self._conditioning(rows), self.negative)
 
         depends_on = (
             teaching,
@@ -281,7 +312,11 @@ class Trainer:
         return kept_trajectories(path, shape, teaching.cache_batch or training.batch, synthesize, self.progress)
 
     def _conditioning(self, rows: np.ndarray) -> Conditioning:
-        return self.pipeline.encode_tokens({name: ids[self.row_prompts[rows]] for name, ids in self.tokens.items()})
+        tokens: Any = {name: self._by_rows(ids[self.row_prompts[rows]]) for name, ids in self.tokens.items()}
+        return self.pipeline.encode_tokens(tokens)
+
+    def _by_rows(self, array: np.ndarray) -> Array:
+        return put(array, row_sharding(self.mesh))
 
     def _batch(self, stage: Stage, key: Array) -> Batch:
         """The prompts of this update, encoded, and what it reads of the teacher."""
@@ -292,7 +327,7 @@ class Trainer:
             real = "trajectories"
         kept = None
         if self.trajectories is not None and real != "nothing":
-            kept = self.trajectories[rows] if real == "trajectories" else self.trajectories[rows, -1]
+            kept = self._by_rows(self.trajectories[rows] if real == "trajectories" else self.trajectories[rows, -1])
         return self.make_batch(self.teacher, self._conditioning(rows), self.negative, kept, key, real=real)
 
     # Files
@@ -306,9 +341,12 @@ class Trainer:
     def _resume(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         latest = self.manager.latest_step()
-        if latest is None:
-            truncate_losses(self.folder / "losses.csv", 0)
-            return
+        if latest is not None:
+            self._restore(latest)
+        if self.writes:
+            truncate_losses(self.folder / "losses.csv", self.position)
+
+    def _restore(self, latest: int) -> None:
         position = self.manager.restore(latest, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
         self.stage, self.done = position["stage"], position["done"]
         names = {"split-low": ("base",), "split-high": ("base", "low")}
@@ -319,7 +357,6 @@ class Trainer:
         restored = self.manager.restore(latest, args=ocp.args.Composite(arrays=arrays)).arrays
         ordered = [restored[name] for name in sorted(restored)]
         self.state, self.kept = jax.tree.unflatten(jax.tree.structure(target), ordered)
-        truncate_losses(self.folder / "losses.csv", self.position)
 
     def _number(self) -> int:
         """Checkpoints are numbered by updates and stages done, so that no number comes twice."""
@@ -341,10 +378,10 @@ class Trainer:
     # Results
 
     def transformer(self) -> nnx.Module:
-        """The averaged student as a module in the compute dtype."""
-        merged: Any = merge_lora(self.teacher, self.state.ema) if self.config.student.lora_rank else self.state.ema
-        module = self.loaded.components["transformer"]
-        return with_parameters(module, {path: array.astype(self.teacher[path].dtype) for path, array in merged.items()})
+        """The averaged student as a module in the compute dtype, whole on every device."""
+        own: Any = merge_lora(self.teacher, self.state.ema) if self.config.student.lora_rank else self.state.ema
+        params = self.teacher | {path: array.astype(self.teacher[path].dtype) for path, array in own.items()}
+        return with_parameters(self.structure, jax.device_put(params, replicated(self.mesh)))
 
     def sample(self, path: Path) -> None:
         """A row of pictures of the configured prompts, one seed each."""
@@ -357,35 +394,52 @@ class Trainer:
             height=training.height,
             width=training.width,
         )
-        grid = Image.fromarray(np.concatenate([np.asarray(image) for image in result.images], axis=1))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
+        if self.writes:
+            grid = Image.fromarray(np.concatenate([np.asarray(image) for image in result.images], axis=1))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
 
     def save_student(self, destination: Path) -> None:
         """The student as a checkpoint directory: the teacher's other components and tokenizers, and its own sigmas."""
         own = self.config.student.sigmas
         others = tuple(sigmas for sigmas in self.loaded.config.schedule.sigmas if len(sigmas) != len(own))
         schedule = ScheduleConfig(self.loaded.config.schedule.shift, (*others, own))
-        save_checkpoint(
-            destination,
-            replace(self.loaded.config, schedule=schedule),
-            self.loaded.components | {"transformer": self.transformer()},
-            self.loaded.tokenizers,
-            source={"distilled from": str(self.config.teacher.checkpoint), "sigmas": list(own)},
-        )
+        components = self.loaded.components | {"transformer": self.transformer()}
+        if self.writes:
+            save_checkpoint(
+                destination,
+                replace(self.loaded.config, schedule=schedule),
+                components,
+                self.loaded.tokenizers,
+                source={"distilled from": str(self.config.teacher.checkpoint), "sigmas": list(own)},
+            )
+        sync_global_devices("the student is saved")
 
-    def _check_fit(self, config: ModelConfig) -> MMDiTConfig:
+    def _check_fit(self, loaded: Checkpoint) -> MMDiTConfig:
         """The teacher's transformer, if this distillation can use it."""
-        training = self.config.training
+        config, training = loaded.config, self.config.training
         if config.transformer is None:
             raise ValueError(
                 f"{self.config.teacher.checkpoint} has no transformer to distil; convert a source that has"
             )
-        if not self.loaded.tokenizers:
+        if not loaded.tokenizers:
             raise ValueError(f"{self.config.teacher.checkpoint} has no text encoder to read the prompts with")
         check_size(config, training.height, training.width)
         choose_sigmas(config.schedule, 1, self.config.student.sigmas)
         return config.transformer
+
+
+def check_rows(config: DistillConfig, devices: int) -> None:
+    """Raises ValueError if rows do not divide over the devices."""
+    training = config.training
+    for name, rows in (
+        ("training.batch / training.micro_batches", training.batch // training.micro_batches),
+        ("teacher.cache_batch", config.teacher.cache_batch),
+    ):
+        if rows % devices:
+            raise ValueError(
+                f"{name} = {rows} rows do not divide over {devices} devices; choose a multiple of {devices}"
+            )
 
 
 def head_depths(depth: int) -> tuple[int, ...]:

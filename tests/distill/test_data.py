@@ -13,6 +13,7 @@ from sd35flash_jax.distill.data import (
     read_prompts,
 )
 from sd35flash_jax.distill.trajectory import teacher_sigmas
+from sd35flash_jax.sharding import make_mesh
 from sd35flash_jax.text import Conditioning
 from tests.distill.networks import numpy_mlp, random_mlp
 
@@ -29,7 +30,7 @@ def velocity(params):
 
 
 SYNTHESIS = Synthesis(velocity, tuple(map(float, LEVELS)), tuple(map(int, INDICES)), 2.0, (2,))
-MAKER = BatchMaker(SYNTHESIS, 2, 0.0, (1, 2), 1)
+MAKER = BatchMaker(SYNTHESIS, make_mesh(1), 2, 0.0, (1, 2), 1)
 
 
 def text(rows: int, seed: int = 0) -> Conditioning:

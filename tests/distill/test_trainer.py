@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from sd35flash_jax.checkpoint import load_checkpoint, parameters, read_config, save_checkpoint
 from sd35flash_jax.cli import main
 from sd35flash_jax.distill.config import DistillConfig, read_distill_config
-from sd35flash_jax.distill.trainer import Trainer, append_losses, distill, truncate_losses
+from sd35flash_jax.distill.trainer import LOSSES, Trainer, append_losses, distill, truncate_losses
 from tests.tiny_model import CONFIG, random_parameters, write_tokenizers
 
 UPDATES = {"trajectory": 3, "matching": 3, "split-low": 2, "split-high": 2}
@@ -180,6 +182,61 @@ def test_a_run_that_keeps_trajectories_makes_them_once_and_goes_on_bit_for_bit(t
     arrays = student_arrays(tmp_path / "whole")
     for path, array in student_arrays(tmp_path / "interrupted").items():
         np.testing.assert_array_equal(array, arrays[path], err_msg=path)
+
+
+SHORT = ("split.updates=0", "trajectory.updates=2", "matching.updates=1")
+
+
+@pytest.fixture(scope="module")
+def short(teacher_checkpoint, tmp_path_factory) -> Path:
+    """A run of two stages on one device. Read it only."""
+    folder = tmp_path_factory.mktemp("short")
+    distill(read_distill_config(write_config(folder, teacher_checkpoint), SHORT))
+    return folder
+
+
+def start(config: Path, options: Sequence[str], **environment: str) -> subprocess.Popen:
+    settings = [word for override in (*SHORT, "sharding.fsdp=2") for word in ("--set", override)]
+    command = [sys.executable, "-m", "sd35flash_jax.cli", "distill", str(config), *settings, *options]
+    return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment)
+
+
+def assert_same_up_to_rounding(folder: Path, expected: Path) -> None:
+    for row, own in zip(read_losses(folder), read_losses(expected), strict=True):
+        assert [float(row[loss] or 0) for loss in LOSSES] == pytest.approx(
+            [float(own[loss] or 0) for loss in LOSSES], rel=1e-3
+        )
+    arrays = student_arrays(expected)
+    for path, array in student_arrays(folder).items():
+        np.testing.assert_allclose(array, arrays[path], atol=1e-4, err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_several_devices_as_on_one(short, teacher_checkpoint, tmp_path):
+    config = write_config(tmp_path, teacher_checkpoint)
+    run_interrupted(read_distill_config(config, SHORT), 1)
+    assert start(config, [], XLA_FLAGS="--xla_force_host_platform_device_count=2").wait() == 0
+    assert_same_up_to_rounding(tmp_path, short)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_that_of_one(short, teacher_checkpoint, tmp_path):
+    """They find each other as under Open MPI."""
+    options = {"sample_every": 3, "sample_prompts": ["a red fox"]}
+    config = write_config(tmp_path, teacher_checkpoint, **options)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    cluster = {
+        "OMPI_MCA_orte_hnp_uri": "0.0;tcp://127.0.0.1:0",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "JAX_COORDINATOR_PORT": port,
+    }
+    ranks = [{"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank} for rank in "01"]
+    processes = [start(config, ["--distributed"], **cluster, **rank) for rank in ranks]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert_same_up_to_rounding(tmp_path, short)
+    assert (tmp_path / "run" / "samples" / "000003.png").is_file()
 
 
 @pytest.mark.slow
