@@ -41,7 +41,9 @@ def attention(
     xla = partial(jax.nn.dot_product_attention, implementation="xla", **options)
     cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
     if query.dtype == jnp.bfloat16 and bias is None and query.shape[-1] <= 128 and _compute_capability() >= 8:
-        mixed = jax.lax.platform_dependent(query, key, value, cuda=cudnn, default=xla)
+        forward = partial(jax.lax.platform_dependent, cuda=cudnn, default=xla)
+        backward = partial(jax.lax.platform_dependent, cuda=partial(_gradient, cudnn), default=partial(_gradient, xla))
+        mixed = differentiable(forward, backward)(query, key, value)
     else:
         mixed = xla(query, key, value)
     return mixed.reshape(*mixed.shape[:2], -1)
@@ -54,20 +56,28 @@ def _compute_capability() -> float:
 
 
 def _on_hopper(kernel: Callable[..., Any], portable: Callable[..., Any], *arrays: Any) -> Any:
-    """What `portable` makes of the arrays: by `kernel`, one of our own that computes the same, on a Hopper GPU."""
-    if _compute_capability() != 9:
-        return portable(*arrays)
-    return jax.lax.platform_dependent(*arrays, cuda=differentiable(kernel, portable), default=portable)
+    """What `portable` makes of the arrays: by `kernel`, one of our own that computes the same, on a Hopper GPU. A
+    program for several devices takes the portable form, which XLA can divide among them. The gradient is the portable
+    form's, of which nothing but the arrays is kept."""
+    forward = portable
+    if _compute_capability() == 9 and jax.sharding.get_abstract_mesh().size <= 1:
+        forward = partial(jax.lax.platform_dependent, cuda=kernel, default=portable)
+    return differentiable(forward, partial(_gradient, portable))(*arrays)
 
 
-def differentiable(kernel: Callable[..., Any], portable: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel with the gradient of its portable twin."""
-    with_gradient = jax.custom_vjp(kernel)
+def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays with a gradient of its own: `backward` takes the arrays and the cotangents. JAX would
+    differentiate both sides of a `platform_dependent`, and keep what either needs."""
+    with_gradient = jax.custom_vjp(forward)
     with_gradient.defvjp(
-        lambda *arrays: (kernel(*arrays), arrays),
-        lambda arrays, cotangents: jax.vjp(portable, *arrays)[1](cotangents),
+        lambda *arrays: (forward(*arrays), arrays), lambda arrays, cotangents: backward(*arrays, cotangents)
     )
     return with_gradient
+
+
+def _gradient(function: Callable[..., Any], *arrays_and_cotangents: Any) -> Any:
+    *arrays, cotangents = arrays_and_cotangents
+    return jax.vjp(function, *arrays)[1](cotangents)
 
 
 def split_heads(qkv: Float[Array, "b t c3"], heads: int) -> tuple[Array, Array, Array]:
@@ -111,7 +121,21 @@ def _portable_joined_heads(tokens: tuple[int, ...], heads: int, arrays: Any) -> 
 
 def embed(table: nnx.Embed, ids: Int[Array, "..."]) -> Float[Array, "... c"]:
     """Rows of a table, in the dtype of its parameters; `nnx.Embed`, called itself, keeps the one it was built in."""
-    return jnp.take(table.embedding[...], ids, axis=0)
+    return differentiable(_rows, _summed_by_row)(table.embedding[...], ids)
+
+
+def _rows(table: Float[Array, "v c"], ids: Int[Array, "..."]) -> Float[Array, "... c"]:
+    return jnp.take(table, ids, axis=0)
+
+
+def _summed_by_row(
+    table: Float[Array, "v c"], ids: Int[Array, "..."], cotangents: Float[Array, "... c"]
+) -> tuple[Float[Array, "v c"], None]:
+    """The gradient of `_rows` as a matrix product, summed in float32. As a scatter in bfloat16, what thousands of equal
+    ids (of padding) add to one row is lost in rounding, and on a GPU they wait for one another."""
+    chosen = jax.nn.one_hot(ids, len(table), dtype=cotangents.dtype)
+    total = jnp.einsum("...v,...c->vc", chosen, cotangents, preferred_element_type=jnp.float32)
+    return total.astype(table.dtype), None
 
 
 def rms_norm(x: Float[Array, "... c"], scale: Float[Array, " c"]) -> Float[Array, "... c"]:

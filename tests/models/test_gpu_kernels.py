@@ -26,12 +26,16 @@ def kernels(request, monkeypatch):
 def joined(tokens: tuple[int, ...], heads: int):
     """The kernel with its gradient, and its twin."""
     portable = partial(layers._portable_joined_heads, tokens, heads)
-    return layers.differentiable(partial(gpu_kernels.join_heads, tokens, heads), portable), portable
+    return layers.differentiable(
+        partial(gpu_kernels.join_heads, tokens, heads), partial(layers._gradient, portable)
+    ), portable
 
 
 def added(gates: tuple[int, ...], norms: tuple[tuple[int, int], ...]):
     portable = partial(layers._portable_add_and_norm, gates, norms)
-    return layers.differentiable(partial(gpu_kernels.add_and_norm, gates, norms), portable), portable
+    return layers.differentiable(
+        partial(gpu_kernels.add_and_norm, gates, norms), partial(layers._gradient, portable)
+    ), portable
 
 
 def values(seed: int, *shape: int, dtype: str = "bfloat16") -> jax.Array:

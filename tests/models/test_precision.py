@@ -1,11 +1,15 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from sd35flash_jax.checkpoint import abstract_component
 from sd35flash_jax.config import COMPONENTS
+from sd35flash_jax.models.layers import embed
 from tests.tiny_model import CONFIG
 
 TOKENS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
@@ -42,3 +46,15 @@ def test_every_product_is_of_operands_of_the_parameters_dtype(name, dtype):
     operands = [variable.aval.dtype for product in products(program.jaxpr) for variable in product.invars]
     assert len(operands) > 10
     assert set(operands) == {jnp.dtype(dtype)}
+
+
+def test_the_gradient_of_a_table_s_row_counts_every_use_in_bfloat16():
+    uses = np.array([0] * 3000 + [4])
+
+    def total(rows):
+        return embed(SimpleNamespace(embedding=rows), uses).astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)(jnp.ones((5, 3), jnp.bfloat16))
+    expected = np.zeros((5, 3), np.float32)
+    expected[0], expected[4] = 3000, 1
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), expected, rtol=1 / 256)
