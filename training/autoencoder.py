@@ -18,16 +18,20 @@ import optax
 from jaxtyping import Array, Float
 from PIL import Image
 
-from sd35flash_jax.checkpoint import abstract_component, build_component, parameters, with_parameters
+from sd35flash_jax.checkpoint import (
+    abstract_component,
+    build_component,
+    parameters,
+    save_checkpoint,
+    with_parameters,
+)
 from sd35flash_jax.config import ModelConfig
-from sd35flash_jax.models.vae import VAE
 from sd35flash_jax.world.compose import SceneArrays, compose, sprites
 from sd35flash_jax.world.objects import THINGS
 from sd35flash_jax.world.scenes import COLOURS, MOST_SPRITES, PLACES
 from training.clock import train
-from training.model import FLASH_MINI, SIZE
+from training.model import FLASH_MINI, SIZE, SOURCE
 from training.optimizer import adam
-from training.pieces import load_pieces, save_pieces
 
 KL_WEIGHT = 3e-4
 LEARNING_RATE = 1e-3
@@ -63,7 +67,7 @@ def reconstruction_loss(
     log_variance = jnp.clip(log_variance, -20, 10)
     latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     error = vae.decoder(latents.astype(dtype)).astype(jnp.float32) - (2 * pixels - 1)
-    edges = sum(jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in (1, 2))
+    edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
     divergence = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
     absolute = jnp.abs(error).mean()
     metrics = {"absolute": absolute, "edges": edges, "divergence": divergence, "squared": jnp.square(error).mean()}
@@ -117,26 +121,13 @@ def main(output: Path, seconds: float, batch: int, per_call: int, size: int, dty
     pixels = compose(atlas, random_scenes(jax.random.key(7), 64), size)
     restored = jnp.concatenate([jax.jit(vae.decode)(jax.jit(vae.encode)(part)) for part in jnp.split(pixels, 4)])
     psnr = float(-10 * jnp.log10(jnp.square(pixels - restored).mean()))
-    save_pieces(output / "autoencoder", {path: np.asarray(array, jnp.bfloat16) for path, array in params.items()})
+    rounded = {path: np.asarray(array, jnp.bfloat16) for path, array in params.items()}
+    save_checkpoint(output / "autoencoder", ModelConfig(vae=vae.config), {"vae": rounded}, source=SOURCE)
     summary = {"scale": scale, "shift": shift, "psnr": psnr, "updates": calls * per_call, "batch": batch}
     (output / "autoencoder.json").write_text(json.dumps(summary, indent=1) + "\n")
     pairs = np.concatenate([np.concatenate([pixels[i], restored[i]]) for i in range(8)], axis=1)
     Image.fromarray((np.asarray(pairs) * 255).round().astype(np.uint8)).save(output / "autoencoder.png")
     print(json.dumps(summary))
-
-
-def load_autoencoder(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """The configuration with the measured scale and shift, and the weights, of a finished run's folder."""
-    summary = json.loads((folder / "autoencoder.json").read_text())
-    assert FLASH_MINI.vae is not None
-    measured = replace(FLASH_MINI.vae, scale=summary["scale"], shift=summary["shift"])
-    return replace(FLASH_MINI, vae=measured), load_pieces(folder / "autoencoder")
-
-
-def load_vae(folder: Path, dtype: Any) -> VAE:
-    config, arrays = load_autoencoder(folder)
-    vae: Any = abstract_component("vae", config)
-    return with_parameters(vae, {path: jnp.asarray(array, dtype) for path, array in arrays.items()})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def learning_rate(progress: float, peak: float) -> float:
 
 
 def train(
-    update: Callable[[Any, float, jax.Array], tuple[Any, dict[str, jax.Array]]],
+    update: Callable[[Any, np.float32, jax.Array], tuple[Any, dict[str, jax.Array]]],
     state: Any,
     until: float,
     peak: float,
@@ -41,7 +41,8 @@ def train(
     key = jax.random.key(seed)
     log.parent.mkdir(parents=True, exist_ok=True)
     rows, calls, started, pending = [], 0, math.inf, None
-    with tqdm(total=max(0, round(until - time.monotonic())), unit="s", desc=log.stem) as bar:
+    total = max(0, round(until - time.monotonic()))
+    with tqdm(total=total, unit="s", desc=log.stem) as bar:
         while (now := time.monotonic()) < until:
             if calls == 2:
                 jax.block_until_ready(state)
@@ -51,7 +52,7 @@ def train(
             state, metrics = update(state, np.float32(rate), jax.random.fold_in(key, calls))
             if pending is not None:
                 rows.append(_row(*pending))
-                bar.n = min(round(bar.total - (until - now)), bar.total)
+                bar.n = min(round(total - (until - now)), total)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in rows[-1].items()})
             pending = (calls, elapsed, rate, metrics)
             calls += 1

@@ -1,4 +1,4 @@
-"""The detector that evaluation marks pictures with, trained on composed scenes, half of them through the autoencoder.
+"""The detector that marks pictures in evaluation, trained on composed scenes, half of them through the autoencoder.
 
 python -m training.detector AUTOENCODER OUTPUT --seconds 100
 """
@@ -16,16 +16,15 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array
+from safetensors.numpy import save_file
 
-from sd35flash_jax.checkpoint import parameters, with_parameters
+from sd35flash_jax.checkpoint import load_checkpoint, parameters, with_parameters
 from sd35flash_jax.evaluate.detector import GRID, SIDE, Detector, Sight
 from sd35flash_jax.world.compose import SceneArrays, compose, sprites
 from sd35flash_jax.world.scenes import BACKGROUNDS, COLOURS, PLACES
-from training.autoencoder import load_vae
 from training.clock import train
 from training.data import make_scenes
 from training.optimizer import adam
-from training.pieces import save_pieces
 
 LEARNING_RATE = 2e-3
 
@@ -77,7 +76,8 @@ def main(options: argparse.Namespace) -> None:
     data = jax.device_put((scenes, background_labels(scenes)))
     structure = nnx.eval_shape(lambda: Detector(rngs=nnx.Rngs(0)))
     params = parameters(Detector(rngs=nnx.Rngs(0)))
-    vae, atlas = load_vae(options.autoencoder, dtype), jax.device_put(sprites())
+    vae: Any = load_checkpoint(options.autoencoder, ("vae",), options.dtype).components["vae"]
+    atlas = jax.device_put(sprites())
     optimizer = adam()
 
     def loss(params: Any, rows: Any, labels: Array, key: Array) -> tuple[Array, dict[str, Array]]:
@@ -110,7 +110,8 @@ def main(options: argparse.Namespace) -> None:
     state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params))
     log = options.output / "detector.csv"
     (_, average, _), calls = train(run, state, until, LEARNING_RATE, 1, log)
-    save_pieces(options.output / "detector", {path: np.asarray(array, jnp.bfloat16) for path, array in average.items()})
+    rounded = {path: np.asarray(array, jnp.bfloat16) for path, array in average.items()}
+    save_file(rounded, options.output / "detector.safetensors")
     summary = {"updates": calls * options.per_call, "batch": options.batch, "seconds": options.seconds}
     (options.output / "detector.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary), log.read_text().splitlines()[-1])
@@ -118,7 +119,7 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the detector.")
-    parser.add_argument("autoencoder", type=Path, help="folder that training.autoencoder wrote")
+    parser.add_argument("autoencoder", type=Path, help="checkpoint directory with an autoencoder")
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=100.0, help="of the whole stretch")
     parser.add_argument("--scenes", type=int, default=100_000)

@@ -3,6 +3,7 @@
 from sd35flash_jax.config import CLIPConfig, MMDiTConfig, ModelConfig, ScheduleConfig, T5Config, VAEConfig
 
 SIZE = 192
+SOURCE = "trained by training/ of sd35flash-jax on compositions of Fluent 3D emoji"
 TEXT_TOKENS = 32
 CLIP_VOCABULARY = 1900
 T5_VOCABULARY = 1024

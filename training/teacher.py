@@ -2,15 +2,17 @@
 
     python -m training.teacher AUTOENCODER OUTPUT --seconds 560 [--resume FOLDER]
 
-AUTOENCODER is what `training.autoencoder` wrote. The scenes are encoded once and stay on the device with their
-captions' token ids. The result is a checkpoint directory, OUTPUT/teacher, and its weights in pieces, from which another
-stretch can go on.
+AUTOENCODER is a checkpoint directory with an autoencoder, such as what `training.autoencoder` wrote. The scenes are
+encoded once and stay on the devices with their captions' token ids; the batch is divided over all devices. The result
+is a checkpoint directory, OUTPUT/teacher, the prompts for its distillation, and its weights in pieces, from which
+another stretch can go on.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,27 +22,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
-from sd35flash_jax.checkpoint import abstract_component, build_component, parameters, save_checkpoint, with_parameters
+from sd35flash_jax.checkpoint import (
+    abstract_component,
+    build_component,
+    load_checkpoint,
+    parameters,
+    save_checkpoint,
+    with_parameters,
+)
 from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
 from sd35flash_jax.distill.flow import add_noise
 from sd35flash_jax.distill.text_dropout import drop_text_encoders
 from sd35flash_jax.frozen import Frozen
-from sd35flash_jax.text import clip_widths, encode_tokens, load_tokenizer
+from sd35flash_jax.models.layers import unstacked
+from sd35flash_jax.text import clip_widths, encode_tokens, load_tokenizer, token_counts
 from sd35flash_jax.world.captions import caption
 from sd35flash_jax.world.compose import SceneArrays, compose, sprites
 from sd35flash_jax.world.scenes import draw_content
-from training.autoencoder import load_autoencoder, load_vae
 from training.clock import train
 from training.data import make_scenes, token_ids
-from training.model import CLIP_VOCABULARY, SIZE, T5_VOCABULARY, TEXT_TOKENS
+from training.model import CLIP_VOCABULARY, FLASH_MINI, SIZE, SOURCE, T5_VOCABULARY, TEXT_TOKENS
 from training.optimizer import adam, blockwise_muon
 from training.pieces import load_pieces, save_pieces
 from training.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
 CAPTIONS = 2
 PROMPTS = 40_000
+ENCODED_AT_ONCE = 100
 NO_CAPTION = 0.1
 NO_ENCODER = 0.1
 TRAINED = ("transformer", *TEXT_ENCODERS)
@@ -49,12 +61,12 @@ TRAINED = ("transformer", *TEXT_ENCODERS)
 @partial(jax.tree_util.register_dataclass, data_fields=["latents", "tokens", "no_caption"], meta_fields=[])
 @dataclass(frozen=True)
 class Data:
-    """What is on the device: latents `(n, h, w, c)`, ids of some captions of each `(n, captions, tokens)` for each
-    encoder, and those of an empty prompt."""
+    """What is on the devices, or its shapes, or where it lies: latents `(n, h, w, c)`, ids of some captions of each
+    `(n, captions, tokens)` for each encoder, and those of an empty prompt `(tokens,)`."""
 
-    latents: Float[Array, "n h w c"]
-    tokens: dict[str, Int[Array, "n captions t"]]
-    no_caption: dict[str, Int[Array, " t"]]
+    latents: Any
+    tokens: dict[str, Any]
+    no_caption: dict[str, Any]
 
 
 def write_tokenizers(folder: Path) -> dict[str, Path]:
@@ -85,9 +97,11 @@ def initial_parameters(config: ModelConfig) -> dict[str, Array]:
 
 
 def component(structures: Mapping[str, Any], params: Mapping[str, Array], name: str, dtype: Any) -> Any:
-    """One component with its share of the parameters, rounded for the arithmetic."""
+    """One component with its share of the parameters, rounded for the arithmetic, its blocks as a list: a loop over
+    a stack would write and read every activation that the gradient needs once more."""
     own = {path.removeprefix(f"{name}."): array for path, array in params.items() if path.startswith(f"{name}.")}
-    return with_parameters(structures[name], {path: array.astype(dtype) for path, array in own.items()})
+    stacked: Any = with_parameters(structures[name], {path: array.astype(dtype) for path, array in own.items()})
+    return unstacked(stacked)
 
 
 def flow_matching_loss(
@@ -122,24 +136,26 @@ def flow_matching_loss(
     return error.mean(), {"loss": error.mean(), "late": of_late}
 
 
-def encode_scenes(folder: Path, scenes: SceneArrays, size: int, dtype: Any, batch: int = 100) -> Array:
+def encode_scenes(vae: Any, scenes: SceneArrays, size: int, dtype: Any) -> Array:
     """Latents of scenes at model scale, `(n, size/8, size/8, 16)`."""
-    vae, atlas = load_vae(folder, dtype), jax.device_put(sprites())
+    atlas = jax.device_put(sprites())
     encode = jax.jit(lambda scenes: vae.encode(compose(atlas, scenes, size)).astype(dtype))
     count = len(scenes.kind)
     channels = vae.config.latent_channels
     latents = jnp.zeros((count, size // 8, size // 8, channels), dtype)
     put = jax.jit(lambda all, part, at: jax.lax.dynamic_update_slice(all, part, (at, 0, 0, 0)), donate_argnums=0)
-    for start in range(0, count - count % batch, batch):
-        rows = slice(start, start + batch)
+    for start in range(0, count, ENCODED_AT_ONCE):
+        rows = slice(start, start + ENCODED_AT_ONCE)
         latents = put(latents, encode(SceneArrays(*(array[rows] for array in scenes))), start)
-    return latents[: count - count % batch]
+    return latents
 
 
 def main(options: argparse.Namespace) -> None:
     until = time.monotonic() + options.seconds
-    config, vae = load_autoencoder(options.autoencoder)
+    options.output.mkdir(parents=True, exist_ok=True)
     dtype = jnp.dtype(options.dtype)
+    loaded = load_checkpoint(options.autoencoder, ("vae",), options.dtype)
+    config = replace(FLASH_MINI, vae=loaded.config.vae)
     scenes, captions = make_scenes(options.scenes, options.seed, CAPTIONS)
     folders = (
         write_tokenizers(options.output / "tokenizers")
@@ -148,30 +164,24 @@ def main(options: argparse.Namespace) -> None:
     )
     (options.output / "prompts.txt").write_text("".join(f"{texts[0]}\n" for texts in captions[:PROMPTS]), "utf-8")
     tokenizers = {name: load_tokenizer(name, folder) for name, folder in folders.items()}
-    latents = encode_scenes(options.autoencoder, scenes, options.size, dtype)
-    kept = [text for texts in captions[: len(latents)] for text in texts]
-    ids = token_ids(tokenizers, ["", *kept], config)
-    data = Data(
-        latents,
-        {name: jnp.asarray(array[1:].reshape(-1, CAPTIONS, array.shape[-1])) for name, array in ids.items()},
-        {name: jnp.asarray(array[0]) for name, array in ids.items()},
-    )
     structures = {name: table_in_place(abstract_component(name, config), config, name, dtype) for name in TRAINED}
     params = initial_parameters(config)
     if options.resume:
         params = {path: jnp.asarray(array, jnp.float32) for path, array in load_pieces(options.resume).items()}
     optimizer = blockwise_muon(params) if options.optimizer == "muon" else adam()
+    state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros(()))
 
-    @partial(jax.jit, donate_argnums=0)
     def update(state: Any, rate: Array, key: Array, data: Data) -> tuple[Any, dict[str, Array]]:
+        """Some updates on one device's share of the scenes, with the gradients of all devices."""
+
         def one(state: Any, key: Array) -> tuple[Any, dict[str, Array]]:
             params, average, moments, count = state
-            row_key, loss_key = jax.random.split(key)
-            rows = jax.random.randint(row_key, (options.batch,), 0, len(data.latents))
+            row_key, loss_key = jax.random.split(jax.random.fold_in(key, jax.lax.axis_index("data")))
+            rows = jax.random.randint(row_key, (options.batch // len(devices),), 0, len(data.latents))
             tokens = {name: ids[rows] for name, ids in data.tokens.items()}
             chosen = replace(data, latents=data.latents[rows], tokens=tokens)
             loss = partial(flow_matching_loss, structures, config)
-            gradients, metrics = jax.grad(loss, has_aux=True)(params, chosen, loss_key, dtype)
+            gradients, metrics = jax.lax.pmean(jax.grad(loss, has_aux=True)(params, chosen, loss_key, dtype), "data")
             steps, moments = optimizer.update(gradients, moments, params)
             params = optax.apply_updates(params, jax.tree.map(lambda step: rate * step, steps))
             decay = jnp.minimum(0.999, (1 + count) / (10 + count))
@@ -181,26 +191,63 @@ def main(options: argparse.Namespace) -> None:
         state, metrics = jax.lax.scan(one, state, jax.random.split(key, options.per_call))
         return state, jax.tree.map(jnp.mean, metrics)
 
-    state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros(()))
-    run = partial(_with_data, update, data)
+    devices = jax.devices()
+    mesh = jax.make_mesh((len(devices),), ("data",))
+    everywhere, divided = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    kept = options.scenes - options.scenes % (ENCODED_AT_ONCE * len(devices))
+    shapes = data_shapes(config, kept, options.size, dtype)
+    layout = Data(divided, dict.fromkeys(TEXT_ENCODERS, divided), dict.fromkeys(TEXT_ENCODERS, everywhere))
+    specs = jax.tree.map(lambda sharding: sharding.spec, layout)
+    sharded = jax.shard_map(update, mesh=mesh, in_specs=(P(), P(), P(), specs), out_specs=P(), check_vma=False)
+    described = jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), shapes, layout
+    )
+    fixed = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere),
+        jax.eval_shape(lambda: (state, jnp.zeros((), jnp.float32), jax.random.key(0))),
+    )
+    with ThreadPoolExecutor() as pool:
+        # XLA compiles while the scenes are made ready.
+        compiling = pool.submit(lambda: jax.jit(sharded, donate_argnums=0).lower(*fixed, described).compile())
+        captions = captions[:kept]
+        reading = pool.submit(token_ids, tokenizers, ["", *(text for texts in captions for text in texts)], config)
+        latents = encode_scenes(
+            options.autoencoder, SceneArrays(*(array[:kept] for array in scenes)), options.size, dtype
+        )
+        ids = reading.result()
+        data = Data(
+            latents,
+            {name: array[1:].reshape(-1, CAPTIONS, array.shape[-1]) for name, array in ids.items()},
+            {name: array[0] for name, array in ids.items()},
+        )
+        data = jax.device_put(data, layout)
+        compiled = compiling.result()
+
+    def run(state: Any, rate: Any, key: Array) -> Any:
+        return compiled(state, *jax.device_put((rate, key), everywhere), data)
+
     log = options.output / f"{options.name}.csv"
+    state = jax.device_put(state, everywhere)
     (_, average, _, _), calls = train(run, state, until, options.rate, options.seed, log)
     rounded = {path: np.asarray(array, jnp.bfloat16) for path, array in average.items()}
     save_pieces(options.output / f"{options.name}-weights", rounded)
-    summary = {
-        "updates": calls * options.per_call,
-        "batch": options.batch,
-        "scenes": len(latents),
-        "size": options.size,
-    }
+    summary = {"updates": calls * options.per_call, "batch": options.batch, "scenes": kept, "size": options.size}
     summary |= {"seconds": options.seconds, "rate": options.rate, "optimizer": options.optimizer}
+    summary |= {"devices": [device.device_kind for device in devices]}
     (options.output / f"{options.name}.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
-    write_checkpoint(options.output / options.name, config, rounded, vae, folders)
+    write_checkpoint(options.output / options.name, config, rounded, parameters(loaded.components["vae"]), folders)
 
 
-def _with_data(update: Any, data: Data, state: Any, rate: Any, key: Array) -> Any:
-    return update(state, rate, key, data)
+def data_shapes(config: ModelConfig, count: int, size: int, dtype: Any) -> Data:
+    """What will be on the devices."""
+    assert config.vae is not None and config.t5 is not None
+    ids = token_counts(config, config.t5.max_tokens)
+    return Data(
+        jax.ShapeDtypeStruct((count, size // 8, size // 8, config.vae.latent_channels), dtype),
+        {name: jax.ShapeDtypeStruct((count, CAPTIONS, ids[name]), jnp.int32) for name in TEXT_ENCODERS},
+        {name: jax.ShapeDtypeStruct((ids[name],), jnp.int32) for name in TEXT_ENCODERS},
+    )
 
 
 def table_in_place(structure: Any, config: ModelConfig, name: str, dtype: Any) -> Any:
@@ -224,12 +271,12 @@ def write_checkpoint(
     for full, array in trained.items():
         name, _, own = full.partition(".")
         components.setdefault(name, {})[own] = array
-    save_checkpoint(path, config, components, tokenizers, source="trained by training/ of this repository")
+    save_checkpoint(path, config, components, tokenizers, source=SOURCE)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train flash-mini's teacher.")
-    parser.add_argument("autoencoder", type=Path, help="folder that training.autoencoder wrote")
+    parser.add_argument("autoencoder", type=Path, help="checkpoint directory with an autoencoder")
     parser.add_argument("output", type=Path)
     parser.add_argument("--name", default="teacher")
     parser.add_argument("--resume", type=Path, help="go on from a folder of weights in pieces")

@@ -59,8 +59,7 @@ def describe_background(background: Background, rng: np.random.Generator) -> str
         return _one_of(_PLACES[background.place], rng)
     if background.kind == "gradient":
         first, second = background.colours
-        forms = (f"on a {first} to {second} gradient", f"on a gradient from {first} to {second}")
-        return _one_of(forms, rng)
+        return _one_of((f"on a {first} to {second} gradient", f"on a gradient from {first} to {second}"), rng)
     colour = background.colours[0]
     colour = "grey" if colour == "gray" and rng.random() < 0.4 else colour
     article = "an" if colour[0] in "aeiou" else "a"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,15 @@ COLUMNS = 18
 class SceneArrays(NamedTuple):
     """A batch of scenes as arrays; sprites are drawn in order, those beyond a scene's own have a side of 0."""
 
-    kind: Int[np.ndarray, " b"]
+    kind: Int[Array | np.ndarray, " b"]
     """0 for a plain colour or a gradient, above for each of `PLACES`."""
-    colours: Float[np.ndarray, "b 2 3"]
-    chance: Float[np.ndarray, "b 4"]
-    thing: Int[np.ndarray, "b s"]
-    x: Float[np.ndarray, "b s"]
-    y: Float[np.ndarray, "b s"]
-    side: Float[np.ndarray, "b s"]
-    mirrored: Bool[np.ndarray, "b s"]
+    colours: Float[Array | np.ndarray, "b 2 3"]
+    chance: Float[Array | np.ndarray, "b 4"]
+    thing: Int[Array | np.ndarray, "b s"]
+    x: Float[Array | np.ndarray, "b s"]
+    y: Float[Array | np.ndarray, "b s"]
+    side: Float[Array | np.ndarray, "b s"]
+    mirrored: Bool[Array | np.ndarray, "b s"]
 
 
 @cache
@@ -68,7 +68,8 @@ def scene_arrays(scenes: Sequence[Scene]) -> SceneArrays:
 @partial(jax.jit, static_argnames="size")
 def compose(atlas: UInt8[Array, "n 128 128 4"], scenes: SceneArrays, size: int) -> Float[Array, "b size size 3"]:
     """Draw scenes as pixels in [0, 1]."""
-    picture = jax.vmap(partial(_background, size=size))(scenes.kind, scenes.colours, scenes.chance)
+    paint: Any = jax.vmap(partial(_background, size=size))
+    picture = paint(scenes.kind, scenes.colours, scenes.chance)
 
     def add(picture: Array, sprite: tuple[Array, ...]) -> tuple[Array, None]:
         drawn = jax.vmap(partial(_sprite, atlas, size=size))(*sprite)
