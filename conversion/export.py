@@ -19,7 +19,8 @@ from conversion.convert import ConversionError, check_space, is_finite
 from conversion.rules import Rule, Shape, Table
 from conversion.safetensors_file import write_safetensors
 from sd35flash_jax.checkpoint import DTYPES, StoredArray, open_stored, read_config, tokenizer_folders, written_whole
-from sd35flash_jax.config import ModelConfig, ScheduleConfig
+from sd35flash_jax.config import ModelConfig, ScheduleConfig, T5Config
+from sd35flash_jax.schedule import unshifted
 
 LAYOUTS = ("diffusers", "single-file")
 SHARD_BYTES = 5_000_000_000
@@ -95,8 +96,19 @@ def export(
         name: _plan(tables[name](getattr(config, name)), open_stored(source, name, config), dtype)
         for name in config.components
     }
-    if config.schedule.sigmas:
-        warnings.warn("neither layout can hold the checkpoint's own sigmas; give them to the pipeline", stacklevel=2)
+    for sigmas in config.schedule.sigmas:
+        given = ", ".join(f"{sigma:.6g}" for sigma in unshifted(sigmas, config.schedule.shift))
+        warnings.warn(
+            f"neither layout can hold the checkpoint's own schedule of {len(sigmas)} steps: give diffusers' pipeline, "
+            f"which shifts what it is given, sigmas=[{given}]",
+            stacklevel=2,
+        )
+    if config.t5 is not None and config.t5_tokens != T5Config.max_tokens:
+        warnings.warn(
+            f"this model's T5 reads {config.t5_tokens} tokens: give diffusers' pipeline max_sequence_length="
+            f"{config.t5_tokens}",
+            stacklevel=2,
+        )
     total = sum(piece.bytes for plan in plans.values() for piece in plan)
     check_space(target, total)
     if layout == "single-file":

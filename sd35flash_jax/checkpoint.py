@@ -18,6 +18,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -307,16 +308,25 @@ def written_whole(destination: Path) -> Iterator[Path]:
         refuse_existing(destination)
         partial_path.rename(destination)
     except BaseException as error:
-        if partial_path.is_dir():
-            shutil.rmtree(partial_path, ignore_errors=True)
-        else:
-            partial_path.unlink(missing_ok=True)
+        _remove(partial_path)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if getattr(error, "errno", None) == errno.ENOSPC or "RESOURCE_EXHAUSTED" in str(error):  # TensorStore's name
             raise OSError(f"{destination.absolute().parent} has no space left for {destination.name}") from error
         raise
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, again for a while if need be: writers that were interrupted may still add to it."""
+    for _ in range(50):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        if not path.exists():
+            return
+        time.sleep(0.1)
 
 
 def refuse_existing(destination: Path) -> None:

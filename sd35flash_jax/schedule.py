@@ -30,6 +30,11 @@ def shifted_sigmas(steps: int, shift: float) -> np.ndarray:
     return np.append(sigmas, 0.0).astype(np.float32)
 
 
+def unshifted(sigmas: Sequence[float], shift: float) -> list[float]:
+    """What `StableDiffusion3Pipeline` of diffusers has to be given as `sigmas` to sample at these: it shifts them."""
+    return [sigma / (shift - (shift - 1) * sigma) for sigma in sigmas]
+
+
 def choose_sigmas(
     schedule: ScheduleConfig, steps: int, sigmas: Sequence[float] | np.ndarray | None = None
 ) -> np.ndarray:

@@ -1,6 +1,9 @@
+import contextlib
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from sd35flash_jax.checkpoint import (
     parameters,
     read_config,
     save_checkpoint,
+    written_whole,
 )
 from sd35flash_jax.config import ModelConfig
 from tests.tiny_model import CONFIG, random_parameters
@@ -399,3 +403,19 @@ def test_only_files_of_a_tokenizer_are_copied_and_a_dangling_link_is_named(tmp_p
     (tokenizer / "spiece.model").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"spiece\.model is a link to a file that is not there"):
         save_checkpoint(tmp_path / "other", ModelConfig(), {}, {"t5": tokenizer})
+
+
+def test_nothing_is_left_of_a_folder_that_is_still_written_into_when_it_is_given_up(tmp_path):
+    def keep_writing(folder: Path) -> None:
+        for number in range(300):
+            with contextlib.suppress(OSError):
+                (folder / str(number)).write_text("late")
+            time.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "model") as folder:
+        folder.mkdir()
+        writer = threading.Thread(target=keep_writing, args=(folder,))
+        writer.start()
+        raise KeyboardInterrupt
+    writer.join()
+    assert list(tmp_path.iterdir()) == []
