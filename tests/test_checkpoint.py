@@ -1,9 +1,6 @@
-import contextlib
 import json
 import os
 import shutil
-import threading
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -405,17 +402,17 @@ def test_only_files_of_a_tokenizer_are_copied_and_a_dangling_link_is_named(tmp_p
         save_checkpoint(tmp_path / "other", ModelConfig(), {}, {"t5": tokenizer})
 
 
-def test_nothing_is_left_of_a_folder_that_is_still_written_into_when_it_is_given_up(tmp_path):
-    def keep_writing(folder: Path) -> None:
-        for number in range(300):
-            with contextlib.suppress(OSError):
-                (folder / str(number)).write_text("late")
-            time.sleep(0.001)
+def test_nothing_is_left_of_a_folder_that_was_still_written_into_when_it_was_given_up(tmp_path, monkeypatch):
+    remove, late = shutil.rmtree, [True]
 
+    def remove_while_written(path: Path, **options: bool) -> None:
+        remove(path, **options)
+        if late and late.pop():
+            path.mkdir()
+            (path / "chunk").write_text("late")
+
+    monkeypatch.setattr(shutil, "rmtree", remove_while_written)
     with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "model") as folder:
         folder.mkdir()
-        writer = threading.Thread(target=keep_writing, args=(folder,))
-        writer.start()
         raise KeyboardInterrupt
-    writer.join()
     assert list(tmp_path.iterdir()) == []
