@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sd35flash_jax.config import ScheduleConfig
-from sd35flash_jax.schedule import choose_sigmas, shifted_sigmas
+from sd35flash_jax.schedule import choose_sigmas, shifted_sigmas, unshifted
 
 
 def test_four_steps_at_shift_3_have_the_published_sigmas():
@@ -47,3 +47,9 @@ def test_a_checkpoint_s_own_schedule_serves_its_step_count_alone():
     np.testing.assert_array_equal(choose_sigmas(schedule, 2), np.float32([1.0, 0.6, 0.0]))
     np.testing.assert_array_equal(choose_sigmas(schedule, 4), np.float32([1.0, 0.9, 0.75, 0.5, 0.0]))
     np.testing.assert_array_equal(choose_sigmas(schedule, 3), shifted_sigmas(3, 3.0))
+
+
+@given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8), st.floats(0.5, 6.0))
+def test_unshifted_sigmas_are_the_given_ones_after_the_shift(sigmas, shift):
+    shifted = [shift * sigma / (1 + (shift - 1) * sigma) for sigma in unshifted(sigmas, shift)]
+    np.testing.assert_allclose(shifted, sigmas, rtol=1e-12)
