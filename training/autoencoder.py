@@ -22,6 +22,7 @@ from sd35flash_jax.checkpoint import (
     abstract_component,
     build_component,
     parameters,
+    refuse_existing,
     save_checkpoint,
     with_parameters,
 )
@@ -87,6 +88,7 @@ def measure_latents(vae: Any, atlas: Array, size: int, batches: int = 8, batch: 
 
 
 def main(output: Path, seconds: float, batch: int, per_call: int, size: int, dtype: str) -> None:
+    refuse_existing(output / "autoencoder")
     structure = abstract_component("vae", FLASH_MINI)
     params = parameters(build_component("vae", FLASH_MINI))
     optimizer = adam()

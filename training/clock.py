@@ -37,6 +37,7 @@ def train(
 
     Raises:
         FloatingPointError: a metric is not finite.
+        ValueError: the time was over before any call had a learning rate above zero.
     """
     key = jax.random.key(seed)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +57,10 @@ def train(
                 bar.set_postfix({name: f"{value:.4g}" for name, value in rows[-1].items()})
             pending = (calls, elapsed, rate, metrics)
             calls += 1
+    if pending is not None:
+        rows.append(_row(*pending))
+    if not any(row["rate"] for row in rows):
+        raise ValueError(f"the time was over after {calls} calls, before anything was learned; allow more seconds")
     header = list(rows[-1])
     log.write_text("\n".join([",".join(header), *(",".join(f"{row[n]:.6g}" for n in header) for row in rows)]) + "\n")
     return state, calls

@@ -12,14 +12,15 @@ PIECE_BYTES = 15 * 2**20
 
 
 def save_pieces(folder: Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays by name into files of at most `PIECE_BYTES` each, or one array; earlier files are replaced."""
+    """Write arrays by name into files of one array, or of more with at most `PIECE_BYTES` in all; earlier files are
+    replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.safetensors"):
         old.unlink()
     pieces: list[dict[str, np.ndarray]] = [{}]
     room = PIECE_BYTES
     for name, array in sorted(arrays.items()):
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         if pieces[-1] and array.nbytes > room:
             pieces.append({})
             room = PIECE_BYTES

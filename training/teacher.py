@@ -31,6 +31,7 @@ from sd35flash_jax.checkpoint import (
     build_component,
     load_checkpoint,
     parameters,
+    refuse_existing,
     save_checkpoint,
     with_parameters,
 )
@@ -152,6 +153,7 @@ def encode_scenes(vae: Any, scenes: SceneArrays, size: int, dtype: Any) -> Array
 
 def main(options: argparse.Namespace) -> None:
     until = time.monotonic() + options.seconds
+    refuse_existing(options.output / options.name)
     options.output.mkdir(parents=True, exist_ok=True)
     dtype = jnp.dtype(options.dtype)
     loaded = load_checkpoint(options.autoencoder, ("vae",), options.dtype)
@@ -211,9 +213,8 @@ def main(options: argparse.Namespace) -> None:
         compiling = pool.submit(lambda: jax.jit(sharded, donate_argnums=0).lower(*fixed, described).compile())
         captions = captions[:kept]
         reading = pool.submit(token_ids, tokenizers, ["", *(text for texts in captions for text in texts)], config)
-        latents = encode_scenes(
-            options.autoencoder, SceneArrays(*(array[:kept] for array in scenes)), options.size, dtype
-        )
+        chosen = SceneArrays(*(array[:kept] for array in scenes))
+        latents = encode_scenes(loaded.components["vae"], chosen, options.size, dtype)
         ids = reading.result()
         data = Data(
             latents,
