@@ -40,6 +40,7 @@ from sd35flash_jax.distill.flow import add_noise
 from sd35flash_jax.distill.text_dropout import drop_text_encoders
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.models.layers import unstacked
+from sd35flash_jax.models.mmdit import sincos_table
 from sd35flash_jax.text import clip_widths, encode_tokens, load_tokenizer, token_counts
 from sd35flash_jax.world.captions import caption
 from sd35flash_jax.world.compose import SceneArrays, compose, sprites
@@ -255,8 +256,13 @@ def table_in_place(structure: Any, config: ModelConfig, name: str, dtype: Any) -
     """The transformer's shapes with its position table, which is not trained."""
     if name != "transformer":
         return structure
-    table = parameters(build_component(name, config))["position_table"]
-    return with_parameters(structure, {"position_table": table.astype(dtype)})
+    return with_parameters(structure, {"position_table": position_table(config).astype(dtype)})
+
+
+def position_table(config: ModelConfig) -> Array:
+    assert config.transformer is not None
+    shape = config.transformer
+    return sincos_table(shape.position_table_side, shape.hidden_size, shape.position_base)
 
 
 def write_checkpoint(
@@ -267,8 +273,8 @@ def write_checkpoint(
     tokenizers: Mapping[str, Path],
 ) -> None:
     """The whole model as a checkpoint directory."""
-    table = parameters(build_component("transformer", config))["position_table"]
-    components: dict[str, dict[str, Any]] = {"vae": dict(vae), "transformer": {"position_table": np.asarray(table)}}
+    table = np.asarray(position_table(config))
+    components: dict[str, dict[str, Any]] = {"vae": dict(vae), "transformer": {"position_table": table}}
     for full, array in trained.items():
         name, _, own = full.partition(".")
         components.setdefault(name, {})[own] = array
