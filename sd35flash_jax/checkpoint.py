@@ -241,6 +241,8 @@ def save_checkpoint(
             with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
                 chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
                 checkpointer.save((folder / name).absolute(), args=ocp.args.PyTreeSave(arrays, save_args=chunks))
+            # Nobody reads this note of Orbax, and it says where on this machine the checkpoint was written.
+            (folder / name / "commit_success.txt").unlink(missing_ok=True)
         header = {
             "format": FORMAT,
             "model": config.to_json(),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sd35flash_jax.checkpoint import (
+    BUNDLED,
     Checkpoint,
     CheckpointError,
     StreamedArray,
@@ -61,6 +62,15 @@ def test_every_parameter_survives_bit_by_bit(clip_checkpoint):
         assert set(found) == set(arrays[name])
         for path, array in arrays[name].items():
             np.testing.assert_array_equal(found[path], array)
+
+
+@pytest.mark.parametrize("where", ["written", "bundled"])
+def test_no_file_of_a_checkpoint_says_where_it_was_written(where, clip_checkpoint):
+    folder = clip_checkpoint[0] if where == "written" else BUNDLED
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.name[0].isdigit()]
+    assert len(files) > 10
+    places = [str(folder.parent).encode(), b".partial-"]
+    assert [file for file in files if any(place in file.read_bytes() for place in places)] == []
 
 
 def test_a_module_survives_with_its_outputs(tmp_path):

@@ -461,7 +461,10 @@ def truncate_losses(path: Path, updates: int) -> None:
     """Take back the rows of updates that are not in the checkpoint from which a run goes on."""
     if not path.exists():
         return
-    header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+    if not header.endswith("\n"):  # killed before anything was written into the new file
+        path.unlink()
+        return
     kept = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= updates]
     partial_path = path.with_suffix(".partial")
     partial_path.write_text("".join([header, *kept]), encoding="utf-8")

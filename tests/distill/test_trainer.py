@@ -282,3 +282,12 @@ def test_rows_of_losses_that_no_checkpoint_holds_are_taken_back(tmp_path):
     assert path.read_text() == whole
     truncate_losses(path, 0)
     assert len(path.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("written", ["", "update,st"])
+def test_losses_of_a_run_killed_before_their_header_was_written_begin_anew(written, tmp_path):
+    path = tmp_path / "losses.csv"
+    path.write_text(written)
+    truncate_losses(path, 0)
+    append_losses(path, 1, "trajectory", {"trajectory": 0.5})
+    assert [line.partition(",")[0] for line in path.read_text().splitlines()] == ["update", "1"]
