@@ -83,7 +83,9 @@ def record_parity(request: pytest.FixtureRequest) -> RecordParity:
     adds a row to the table at the end of the run."""
 
     def record(item: str, error: float, tolerance: float, relative: float | None = None, **remarks: Any) -> None:
-        row = {"item": item, "error": float(error), "tolerance": float(tolerance), "relative": relative} | remarks
+        row: dict[str, Any] = {"item": item, "error": float(error), "tolerance": float(tolerance)}
+        row["relative"] = None if relative is None else float(relative)
+        row |= {key: str(value) for key, value in remarks.items()}  # plain values, which processes can hand on
         request.node.user_properties.append(("parity", row))
         assert error <= tolerance, f"{item}: error {error:.3g} is above {tolerance:.3g}"
 
