@@ -148,7 +148,7 @@ def abstract_component(name: str, config: ModelConfig, stacked: bool = True) -> 
 
 def runs_stacked(platform: str) -> bool:
     """Whether a pipeline runs blocks as stacks on a platform; training does everywhere, for their fast compilation."""
-    return platform != "gpu"
+    return platform not in ("cpu", "gpu")
 
 
 def parameters(module: nnx.Module, kind: type[nnx.Variable] = nnx.Variable) -> dict[str, Any]:
@@ -467,7 +467,7 @@ def load_checkpoint(
         dtype: "bfloat16" or "float32", for parameters and arithmetic.
         device: the device or sharding for every parameter; JAX's default device unless given.
         progress: show a bar on standard error.
-        stacked: equal blocks as stacks, which compile fast, or as lists, which run faster on a GPU.
+        stacked: equal blocks as stacks, which compile fast, or as lists, which run faster on a GPU or CPU.
 
     Raises:
         CheckpointError: no checkpoint is there, a file is missing or truncated, or a component was asked for that

@@ -34,9 +34,11 @@ def attention(
 ) -> Float[Array, "b t c"]:
     """Softmax attention with heads merged on return; `scale` is 1/sqrt(d) unless given.
 
-    On an NVIDIA GPU cuDNN's flash kernel serves bfloat16 operands without bias and with heads of up to 128;
-    everything else, and every other device, takes XLA's own attention.
+    On an NVIDIA GPU cuDNN's flash kernel serves bfloat16 operands without bias and with heads of up to 128, on a CPU
+    `_attention_by_heads` what has neither bias nor mask; everything else takes XLA's own attention.
     """
+    if bias is None and not causal and jax.default_backend() == "cpu" and _for_one_device():
+        return _attention_by_heads(query, key, value, scale)
     options: dict[str, Any] = {"bias": bias, "is_causal": causal, "scale": scale}
     xla = partial(jax.nn.dot_product_attention, implementation="xla", **options)
     cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
@@ -49,10 +51,37 @@ def attention(
     return mixed.reshape(*mixed.shape[:2], -1)
 
 
+def _attention_by_heads(
+    query: Float[Array, "b t n d"], key: Float[Array, "b s n d"], value: Float[Array, "b s n d"], scale: float | None
+) -> Float[Array, "b t c"]:
+    """Softmax attention of a few heads at a time, whose logits stay in a processor's cache. XLA's own transposes the
+    logits of all heads in memory, which takes twice as long as the arithmetic."""
+    batch, tokens, heads, size = query.shape
+    by_head = tuple(x.swapaxes(1, 2).reshape(batch * heads, -1, size) for x in (query, key, value))
+
+    def one(head: tuple[Array, Array, Array]) -> Array:
+        query, key, value = head
+        logits = jnp.matmul(query, key.T, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * (size**-0.5 if scale is None else scale))
+        return weights.astype(value.dtype) @ value
+
+    together = max(1, _LOGITS_IN_CACHE // (tokens * key.shape[1]))
+    mixed = jax.lax.map(one, by_head, batch_size=min(together, batch * heads))
+    return mixed.reshape(batch, heads, tokens, size).swapaxes(1, 2).reshape(batch, tokens, -1)
+
+
+_LOGITS_IN_CACHE = 2**21
+
+
 def _compute_capability() -> float:
     """That of the first device, if it is an NVIDIA GPU, else 0; cuDNN's flash kernel needs 8."""
     device = jax.devices()[0]
     return float(device.compute_capability) if "cuda" in device.client.platform_version.lower() else 0.0
+
+
+def _for_one_device() -> bool:
+    """Whether what is traced is for one device, as far as a mesh set around it says."""
+    return jax.sharding.get_abstract_mesh().size <= 1
 
 
 def _on_hopper(kernel: Callable[..., Any], portable: Callable[..., Any], *arrays: Any) -> Any:
@@ -60,7 +89,7 @@ def _on_hopper(kernel: Callable[..., Any], portable: Callable[..., Any], *arrays
     program for several devices takes the portable form, which XLA can divide among them. The gradient is the portable
     form's, of which nothing but the arrays is kept."""
     forward = portable
-    if _compute_capability() == 9 and jax.sharding.get_abstract_mesh().size <= 1:
+    if _compute_capability() == 9 and _for_one_device():
         forward = partial(jax.lax.platform_dependent, cuda=kernel, default=portable)
     return differentiable(forward, partial(_gradient, portable))(*arrays)
 
@@ -206,8 +235,8 @@ def stack_blocks(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) 
 
 
 def unstacked(module: AnyModel) -> AnyModel:
-    """The module with each of its `STACKS` as a list of blocks. On a GPU, a loop over a stack copies every layer's
-    parameters out of it before they are used, which takes an eighth of the time at batch 1."""
+    """The module with each of its `STACKS` as a list of blocks. A loop over a stack copies every layer's parameters out
+    of it before they are used, which takes an eighth of the time at batch 1 on a GPU, and more on a CPU."""
     module = jax.tree.map(lambda array: array, module)
     for name in module.STACKS:
         blocks = getattr(module, name)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sd35flash_jax.models import layers
 from sd35flash_jax.models.layers import attention
 
 
@@ -29,6 +30,33 @@ def test_attention_is_the_softmax_weighted_mean_of_the_values(causal, scale):
     with jax.default_matmul_precision("highest"):
         mixed = attention(query, key, value, causal=causal, scale=scale)
     np.testing.assert_allclose(mixed, literal_attention(query, key, value, causal, scale), atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [1, 4, 6])
+def test_attention_is_the_same_however_many_heads_are_taken_together(monkeypatch, together):
+    monkeypatch.setattr(layers, "_LOGITS_IN_CACHE", together * 9 * 9)
+    query, key, value = operands(9)
+    with jax.default_matmul_precision("highest"):
+        mixed = layers._attention_by_heads(query, key, value, None)
+    np.testing.assert_allclose(mixed, literal_attention(query, key, value), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_by_heads_and_its_gradient_are_those_of_its_twin(dtype):
+    arrays = [array.astype(dtype) for array in operands(9)]
+
+    def twin(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        mixed = jax.nn.dot_product_attention(query, key, value, implementation="xla")
+        return mixed.reshape(*mixed.shape[:2], -1)
+
+    with jax.default_matmul_precision("highest"):
+        expected, expected_vjp = jax.vjp(twin, *arrays)
+        mixed, vjp = jax.vjp(lambda *arrays: layers._attention_by_heads(*arrays, None), *arrays)
+        gradients = zip((mixed, *vjp(expected)), (expected, *expected_vjp(expected)))
+    for found, wanted in gradients:
+        assert found.dtype == dtype
+        tolerance = 1e-5 if dtype == "float32" else 4e-2
+        np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=tolerance)
 
 
 @pytest.mark.gpu
