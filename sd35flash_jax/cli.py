@@ -192,7 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--reference", type=Path, metavar="FOLDER", help=text)
     evaluate.add_argument("--batch", type=int, default=32, help="pictures at a time")
     evaluate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    evaluate.add_argument("--output", type=Path, default=Path("evaluation"), help="folder for JSON, table and pictures")
+    text = "folder for JSON, table and pictures; it must not hold anything"
+    evaluate.add_argument("--output", type=Path, default=Path("evaluation"), help=text)
     return parser
 
 
@@ -200,6 +201,8 @@ def _compared(text: str) -> tuple[str, Path | None, int, float]:
     try:
         name, how = text.split("=", 1)
         checkpoint, steps, guidance = how.rsplit(":", 2)
+        if not name:
+            raise ValueError
         return name, Path(checkpoint).expanduser() if checkpoint else None, int(steps), float(guidance)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=CHECKPOINT:STEPS:GUIDANCE") from None
@@ -375,34 +378,57 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from sd35flash_jax.evaluate.run import Sampler, evaluate
+    from sd35flash_jax.evaluate.run import Sampler, check_evaluation, evaluate
     from sd35flash_jax.evaluate.suite import MOST_PROMPTS, read_prompts, suite
 
+    _check_scorer_options(options)
     if options.prompt_file and options.scorer == "world":
         raise ValueError("the world's scorer knows its own prompts alone; give --prompt-file with another --scorer")
+    if options.prompt_file and options.prompts is not None:
+        raise ValueError("--prompts counts the suite's prompts, and --prompt-file stands in its place; leave one out")
     wanted = MOST_PROMPTS if options.prompts is None else options.prompts
     prompts = read_prompts(options.prompt_file) if options.prompt_file else suite(wanted)
-    named = options.checkpoint.name if options.checkpoint else "bundled model"
+    named = options.checkpoint.absolute().name if options.checkpoint else "bundled model"
     first = Sampler(f"{named}, {options.steps} steps", options.checkpoint, options.steps, options.guidance)
     samplers = [first, *(Sampler(*parts) for parts in options.compare or [])]
-    scorer = _scorer(options, len(prompts) * options.seeds)
     output: Path = options.output.expanduser()
-    print(evaluate(samplers, prompts, options.seeds, output, scorer, options.batch, options.dtype, progress=True))
+    check_evaluation(samplers, prompts, options.seeds, output, options.batch, options.dtype)
+    scorer = _scorer(options, len(prompts) * options.seeds)
+    try:
+        print(evaluate(samplers, prompts, options.seeds, output, scorer, options.batch, options.dtype, progress=True))
+    except (MemoryError, RuntimeError) as error:
+        # The names that JAX and PyTorch have for it.
+        exhausted = ("RESOURCE_EXHAUSTED", "DefaultCPUAllocator")
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in exhausted):
+            raise
+        raise ValueError(
+            f"out of memory with --batch {options.batch}: choose a smaller one, or --dtype bfloat16"
+        ) from error
+
+
+def _check_scorer_options(options: argparse.Namespace) -> None:
+    """Each scorer's options go with it, and with no other."""
+    of_scorers = {
+        "clip": {"--clip FOLDER": options.clip},
+        "fid": {"--inception FILE": options.inception, "--reference FOLDER": options.reference},
+    }
+    for scorer, own in of_scorers.items():
+        given = [option for option, value in own.items() if value is not None]
+        if scorer == options.scorer and len(given) < len(own):
+            raise ValueError(f"--scorer {scorer} needs {' and '.join(own)}")
+        if scorer != options.scorer and given:
+            raise ValueError(f"{' and '.join(given)} would not be used; leave that out, or choose --scorer {scorer}")
 
 
 def _scorer(options: argparse.Namespace, pictures: int) -> "Scorer | None":
     if options.scorer == "clip":
         from sd35flash_jax.evaluate.clip import ClipScorer
 
-        if not options.clip:
-            raise ValueError("--scorer clip needs --clip FOLDER")
-        return ClipScorer(options.clip)
+        return ClipScorer(options.clip.expanduser())
     if options.scorer == "fid":
         from sd35flash_jax.evaluate.fid import FidScorer
 
-        if not options.inception or not options.reference:
-            raise ValueError("--scorer fid needs --inception FILE and --reference FOLDER")
-        return FidScorer(options.inception, options.reference, pictures)
+        return FidScorer(options.inception.expanduser(), options.reference.expanduser(), pictures)
     return None
 
 

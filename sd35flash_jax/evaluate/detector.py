@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from sd35flash_jax.checkpoint import parameters, with_parameters
@@ -26,6 +27,7 @@ GRID = 16
 WIDTHS = (48, 96, 144)
 GROUPS = 12
 CERTAIN = 0.4
+"""From which presence a thing counts as found."""
 SAME = 0.45
 """Two finds whose centres are nearer than this share of their mean side are one."""
 
@@ -97,10 +99,13 @@ class Found(NamedTuple):
     """A thing in a picture; x, y and side in units of the picture's side."""
 
     thing: int
+    """The likeliest kind, however likely it is."""
     x: float
     y: float
     side: float
     certainty: float
+    """The probability that some thing's centre is there. How sure its kind is takes no part in it, so a blob that
+    looks like something counts as what it looks like most."""
 
 
 def find(sight: Sight, row: int) -> list[Found]:
@@ -137,12 +142,15 @@ def load_detector(path: Path = WEIGHTS) -> Detector:
     """The trained detector, in float32.
 
     Raises:
-        ValueError: the file is absent, or holds other arrays than the detector has.
+        ValueError: the file is absent, damaged, or holds other arrays than the detector has.
     """
     if not path.is_file():
         raise ValueError(f"the detector's weights {path} are missing; train them with python -m training.detector")
     detector = nnx.eval_shape(lambda: Detector(rngs=nnx.Rngs(0)))
-    arrays = load_file(path)
+    try:
+        arrays = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); install sd35flash-jax again") from None
     wanted = {name: array.shape for name, array in parameters(detector).items()}
     if {name: array.shape for name, array in arrays.items()} != wanted:
         raise ValueError(

@@ -26,8 +26,8 @@ class FidScorer:
         pictures: how many a sampler draws in all.
 
     Raises:
-        ValueError: torch-fidelity is not installed, the weights are missing, or there are too few pictures or images
-            for a covariance of their features. The network is never asked.
+        ValueError: torch-fidelity is not installed, the weights are missing or damaged, an image cannot be read, or
+            there are too few pictures or images for a covariance of their features. The network is never asked.
     """
 
     def __init__(self, weights: Path, reference: Path, pictures: int):
@@ -44,10 +44,17 @@ class FidScorer:
             from torch_fidelity import FeatureExtractorInceptionV3
         except ImportError:
             raise ValueError("FID needs torch-fidelity: pip install 'sd35flash-jax[evaluate]'") from None
+        except RuntimeError as error:
+            # What torchvision, which torch-fidelity imports, raises beside a PyTorch of another build.
+            raise ValueError(f"torch-fidelity cannot be imported ({error}); install torchvision again") from error
         self._torch = torch
-        self._inception = FeatureExtractorInceptionV3("inception-v3-compat", [str(FEATURES)], str(weights))
-        images = (np.asarray(Image.open(file).convert("RGB")) for file in files)
-        self._reference = np.concatenate([self._features(image[None]) for image in images])
+        try:
+            self._inception = FeatureExtractorInceptionV3("inception-v3-compat", [str(FEATURES)], str(weights))
+        except Exception as error:  # pickle and PyTorch raise many kinds for a damaged file
+            raise ValueError(
+                f"{weights} is damaged, or is not torch-fidelity's weights of Inception; download it again"
+            ) from error
+        self._reference = np.concatenate([self._features(_read_image(file)[None]) for file in files])
 
     def mark(self, prompts: Sequence[Prompt], images: UInt8[np.ndarray, "b h w 3"]) -> list[Mark]:
         return [Mark(None, "", features) for features in self._features(images)]
@@ -60,3 +67,10 @@ class FidScorer:
         pixels = self._torch.tensor(images.transpose(0, 3, 1, 2))
         with self._torch.no_grad():
             return self._inception(pixels)[0].numpy()
+
+
+def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
+    try:
+        return np.asarray(Image.open(file).convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds for a damaged file, and few of them name it
+        raise ValueError(f"{file} cannot be read as an image ({error}); remove it or replace it") from error

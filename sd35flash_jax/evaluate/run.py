@@ -1,6 +1,8 @@
 """Samplers made to draw a list of prompts over some seeds, marked, timed and written down."""
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,16 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from sd35flash_jax.checkpoint import bundled_checkpoint, read_config
+from sd35flash_jax.checkpoint import (
+    DTYPES,
+    CheckpointError,
+    bundled_checkpoint,
+    open_stored,
+    read_config,
+    refuse_existing,
+    tokenizer_folders,
+)
+from sd35flash_jax.config import TEXT_ENCODERS
 from sd35flash_jax.evaluate.detector import SIDE, Detector, load_detector, look
 from sd35flash_jax.evaluate.report import draw_grid, format_table, shrink
 from sd35flash_jax.evaluate.scoring import Figure, Mark, Scorer, WorldScorer
@@ -28,7 +39,8 @@ COMPOSED = "composed pictures"
 """The name of the row that says how well the detector reads pictures that are right for certain."""
 _SEEDS_APART = 1_000_000
 _REFERENCE_SEED = 1000
-"""The first of the reference's seeds, so that its pictures are others than those of the first row."""
+"""The first of the reference's seeds. A row has no more seeds than this many, so that the reference's pictures are
+others than those of the first row."""
 
 Paint = Callable[[Sequence[Prompt], int], UInt8[np.ndarray, "b h w 3"]]
 """Draws prompts; picture i depends on its prompt and on the number plus i alone."""
@@ -68,7 +80,7 @@ def evaluate(
     dtype: str = "bfloat16",
     progress: bool = False,
 ) -> str:
-    """Draw, mark and write down every sampler; what is done is on the disk after each.
+    """Draw, mark and write down every sampler; what is done is on the disk after each, and stays if a later one fails.
 
     `output` gets evaluation.json, evaluation.md, and for each row a grid of pictures with right and wrong ones.
 
@@ -76,7 +88,7 @@ def evaluate(
         samplers: one row of the table each.
         prompts: `suite()`, or others for a scorer that takes any.
         seeds: pictures of each prompt.
-        output: a folder, made if need be.
+        output: a folder, made if need be; it must not hold anything.
         scorer: the world's detector unless given; it marks composed pictures first, of the first sampler's size, for
             the table's first row.
         batch: pictures at a time.
@@ -87,34 +99,73 @@ def evaluate(
         The table as Markdown.
 
     Raises:
-        ValueError: an option is out of range, or a checkpoint, or the detector, is missing or damaged. What can be
-            refused is refused before anything is drawn.
+        ValueError: as `check_evaluation`; or the detector is missing or damaged. All before anything is drawn.
+        OSError: as `check_evaluation`; or the disk is full.
     """
-    if seeds < 1 or batch < 1:
-        raise ValueError(f"seeds and batch must be positive, not {seeds} and {batch}")
-    if len({COMPOSED, *(sampler.name for sampler in samplers)}) <= len(samplers):
-        raise ValueError(f"samplers must have names of their own, other than {COMPOSED!r}")
-    configs = [read_config(sampler.checkpoint or bundled_checkpoint()) for sampler in samplers]
-    for sampler, config in zip(samplers, configs):
-        check_request(config, 1, sampler.steps, None, sampler.guidance, None, None, 0)
+    check_evaluation(samplers, prompts, seeds, output, batch, dtype)
     # Composed as large as the samplers draw, so that sharpness alone is no difference.
-    composed = partial(compose_prompts, side=configs[0].default_size if configs else SIDE)
+    side = read_config(_checkpoint(samplers[0])).default_size if samplers else SIDE
+    composed = partial(compose_prompts, side=side)
     judge = scorer or world_scorer(load_detector(), composed, prompts, seeds, batch)
-    output.mkdir(parents=True, exist_ok=True)
     measured = partial(
         _measure, scorer=judge, prompts=prompts, seeds=seeds, batch=batch, output=output, progress=progress
     )
     rows = []
-    if scorer is None:
-        rows.append(measured(COMPOSED, None, composed))
-        _write(output, rows, prompts)
-    # Neighbours of one checkpoint share its weights.
-    for checkpoint, neighbours in groupby(samplers, key=lambda sampler: sampler.checkpoint):
-        pipe = FlashPipeline.from_pretrained(checkpoint, dtype=dtype, progress=progress)
-        for sampler in neighbours:
-            rows.append(measured(sampler.name, sampler, painter(pipe, sampler)))
+    with _made_folder(output):
+        if scorer is None:
+            rows.append(measured(COMPOSED, None, composed))
             _write(output, rows, prompts)
-    return (output / "evaluation.md").read_text(encoding="utf-8").rstrip()
+        # Neighbours of one checkpoint share its weights.
+        for checkpoint, neighbours in groupby(samplers, key=lambda sampler: sampler.checkpoint):
+            pipe = FlashPipeline.from_pretrained(checkpoint, dtype=dtype, progress=progress)
+            for sampler in neighbours:
+                rows.append(measured(sampler.name, sampler, painter(pipe, sampler)))
+                _write(output, rows, prompts)
+        return (output / "evaluation.md").read_text(encoding="utf-8").rstrip()
+
+
+def check_evaluation(
+    samplers: Sequence[Sampler], prompts: Sequence[Prompt], seeds: int, output: Path, batch: int, dtype: str
+) -> None:
+    """Refuse what `evaluate` would refuse; the command does so before it loads a scorer.
+
+    Raises:
+        ValueError: an option is out of range, or a checkpoint is missing, damaged, or lacks what drawing takes.
+        OSError: `output` holds something or cannot be made.
+    """
+    if not 1 <= seeds <= _REFERENCE_SEED:
+        raise ValueError(f"seeds must be from 1 to {_REFERENCE_SEED}, not {seeds}")
+    if batch < 1:
+        raise ValueError(f"batch must be positive, not {batch}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+    if not prompts:
+        raise ValueError("there is no prompt to draw")
+    if len({_stem(name) for name in (COMPOSED, *(sampler.name for sampler in samplers))}) <= len(samplers):
+        raise ValueError(f"samplers must have names of their own, other than {COMPOSED!r}")
+    if not output.is_dir() or any(output.iterdir()):
+        refuse_existing(output)
+    standing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise OSError(f"{output} cannot be written: {standing} is not a folder that may be; choose another")
+    for sampler in samplers:
+        _check_sampler(sampler)
+
+
+def _check_sampler(sampler: Sampler) -> None:
+    path = _checkpoint(sampler)
+    config = read_config(path)
+    encoders = [name for name in TEXT_ENCODERS if name in config.components]
+    absent = [name for name in ("transformer", "vae") if name not in config.components]
+    absent += [] if encoders else ["text encoder"]
+    if absent:
+        raise CheckpointError(f"{path} has no {' and no '.join(absent)}; convert a source that holds what is missing")
+    check_request(config, 1, sampler.steps, None, sampler.guidance, None, None, 0)
+    unread = [name for name in encoders if name not in tokenizer_folders(path, encoders)]
+    if unread:
+        raise CheckpointError(f"{path} has no tokenizer for {', '.join(unread)}; convert it again with --tokenizers")
+    for name in config.components:
+        open_stored(path, name, config)  # Damage is found now, not after hours of other samplers.
 
 
 def world_scorer(detector: Detector, composed: Paint, prompts: Sequence[Prompt], seeds: int, batch: int) -> WorldScorer:
@@ -149,6 +200,39 @@ def compose_prompts(prompts: Sequence[Prompt], number: int, side: int = SIDE) ->
     return image_bytes(compose(sprites(), scene_arrays(scenes), side))
 
 
+def _checkpoint(sampler: Sampler) -> Path:
+    return sampler.checkpoint.expanduser() if sampler.checkpoint else bundled_checkpoint()
+
+
+def _stem(name: str) -> str:
+    """A sampler's name as its grid's file has it."""
+    return name.replace("/", " ")
+
+
+@contextlib.contextmanager
+def _made_folder(path: Path) -> Iterator[None]:
+    """A folder, made with its parents; those in which nothing stands when all fails vanish again."""
+    made = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """A file that takes its name, or the place of the one before, only when it is whole."""
+    unfinished = file.with_name(f".{file.name}.partial")
+    try:
+        write(unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _measure(
     name: str,
     sampler: Sampler | None,
@@ -171,7 +255,8 @@ def _measure(
                 thumbnails += [shrink(image) for image in images[:count]] if seed == 0 else []
                 times.append(seconds / batch)
                 bar.update(count)
-    draw_grid(prompts, marks[0], thumbnails).save(output / f"{name.replace('/', ' ')}.png")
+    grid = draw_grid(prompts, marks[0], thumbnails)
+    _write_whole(output / f"{_stem(name)}.png", partial(grid.save, format="PNG"))
     return Row(name, sampler, scorer.figures(prompts, marks), marks, float(np.median(times)))
 
 
@@ -196,8 +281,8 @@ def _write(output: Path, rows: Sequence[Row], prompts: Sequence[Prompt]) -> None
         "seeds": len(rows[0].marks),
         "rows": [_row_as_json(row, prompts) for row in rows],
     }
-    (output / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (output / "evaluation.md").write_text(format_table(report) + "\n", encoding="utf-8")
+    for name, text in (("evaluation.json", json.dumps(report, indent=1)), ("evaluation.md", format_table(report))):
+        _write_whole(output / name, partial(Path.write_text, data=text + "\n", encoding="utf-8"))
 
 
 def _row_as_json(row: Row, prompts: Sequence[Prompt]) -> dict[str, Any]:

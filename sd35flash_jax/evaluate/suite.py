@@ -1,4 +1,4 @@
-"""Prompts in the manner of GenEval (arXiv 2310.11513), about combinations that training never shows.
+"""Prompts in the manner of GenEval (arXiv 2310.11513), about combinations that no training with captions shows.
 
 Five categories: one thing, two things, a number of one thing, a thing before a background, and two things in a
 relation. Pairs, numbers and backgrounds are those that `world.scenes` keeps out of training. Every single thing is in
@@ -57,7 +57,13 @@ class Prompt:
     """None where the prompt does not say it."""
 
     def content(self, rng: np.random.Generator) -> Content:
-        """A content that fits the prompt; a background that it does not say is drawn as for training."""
+        """A content that fits the prompt; a background that it does not say is drawn as for training.
+
+        Raises:
+            ValueError: the prompt is "given", and nobody knows what it asks for.
+        """
+        if self.category == "given":
+            raise ValueError(f"nothing can be composed for {self.text!r}: the world knows its own suite alone")
         return Content(self.groups, self.background or draw_background(rng), self.relation)
 
 
@@ -77,10 +83,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a text file, one a line.
 
     Raises:
-        ValueError: the file holds none.
+        ValueError: the file holds none, or is no text in UTF-8.
         OSError: it cannot be read.
     """
-    lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); write one prompt a line") from None
     prompts = [Prompt("given", line) for line in lines if line]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")

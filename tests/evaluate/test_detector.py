@@ -82,3 +82,16 @@ def test_weights_of_another_detector_are_refused(tmp_path):
     save_file({"stem.bias": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="weights of another detector"):
         load_detector(tmp_path / "other.safetensors")
+
+
+def test_a_truncated_file_of_weights_is_named(weights, tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut\.safetensors is truncated or damaged"):
+        load_detector(cut)
+
+
+def test_certainty_is_of_a_thing_being_there_however_unsure_its_kind_is():
+    sure = sight((8, 8, 1, 2.0, 0.4))
+    unsure = sure._replace(thing=0.01 * sure.thing)
+    assert find(sure, 0) == find(unsure, 0)

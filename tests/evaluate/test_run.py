@@ -1,5 +1,7 @@
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -8,13 +10,14 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from sd35flash_jax.checkpoint import save_checkpoint
 from sd35flash_jax.evaluate import run
 from sd35flash_jax.evaluate.detector import Detector, load_detector
 from sd35flash_jax.evaluate.run import COMPOSED, Sampler, compose_prompts, evaluate, painter
 from sd35flash_jax.evaluate.scoring import Figure, Mark
-from sd35flash_jax.evaluate.suite import suite
+from sd35flash_jax.evaluate.suite import Prompt, suite
 from sd35flash_jax.pipeline import FlashPipeline
-from tests.tiny_model import CONFIG
+from tests.tiny_model import CONFIG, random_parameters
 
 
 class FakePipeline:
@@ -106,9 +109,13 @@ def test_a_grid_frames_wrong_pictures_in_red(small_checkpoint, pipeline, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seeds": 0}, "seeds and batch must be positive"),
-        ({"batch": 0}, "seeds and batch must be positive"),
+        ({"seeds": 0}, "seeds must be from 1 to 1000, not 0"),
+        ({"seeds": 1001}, "seeds must be from 1 to 1000, not 1001"),
+        ({"batch": 0}, "batch must be positive"),
+        ({"dtype": "float16"}, "dtype 'float16' is not supported"),
+        ({"prompts": []}, "no prompt to draw"),
         ({"samplers": [Sampler("one"), Sampler("one")]}, "names of their own"),
+        ({"samplers": [Sampler("a/b"), Sampler("a b")]}, "names of their own"),
         ({"samplers": [Sampler(COMPOSED)]}, "names of their own"),
         ({"steps": 0}, "steps must be from 1"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
@@ -120,6 +127,90 @@ def test_what_can_be_refused_is_refused_before_anything_is_drawn(change, message
     with pytest.raises(ValueError, match=message):
         evaluate(**given | change)
     assert not pipeline.loads and not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_an_earlier_evaluation_is_refused_before_anything_is_drawn_and_stays(
+    small_checkpoint, pipeline, tmp_path
+):
+    (tmp_path / "older.png").write_bytes(b"older")
+    with pytest.raises(FileExistsError, match="already exists; remove it or choose another destination"):
+        evaluate([Sampler("one", small_checkpoint)], suite(1), 1, tmp_path, FakeScorer())
+    assert not pipeline.loads and [path.name for path in tmp_path.iterdir()] == ["older.png"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_drawn(small_checkpoint, pipeline, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/out cannot be written: .*file is not a folder"):
+        evaluate([Sampler("one", small_checkpoint)], suite(1), 1, tmp_path / "file" / "out", FakeScorer())
+    assert not pipeline.loads
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        (["vae"], "has no vae; convert a source that holds what is missing"),
+        (["transformer", "vae"], "has no transformer and no vae; convert"),
+        (["clip_l", "clip_g", "t5"], "has no text encoder; convert"),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_drawing_takes_is_refused_before_any_is_loaded(
+    absent, message, small_checkpoint, pipeline, tmp_path
+):
+    lacking = tmp_path / "lacking"
+    config = replace(CONFIG, **dict.fromkeys(absent))
+    save_checkpoint(lacking, config, {name: random_parameters(name) for name in config.components})
+    samplers = [Sampler("whole", small_checkpoint), Sampler("lacking", lacking)]
+    with pytest.raises(ValueError, match=f"lacking {message}"):
+        evaluate(samplers, suite(1), 1, tmp_path / "out", FakeScorer())
+    assert not pipeline.loads and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer_or_with_a_cut_file_is_refused_before_any_is_loaded(
+    small_checkpoint, pipeline, tmp_path
+):
+    untold = tmp_path / "untold"
+    save_checkpoint(untold, CONFIG, {name: random_parameters(name) for name in CONFIG.components})
+    cut = Path(shutil.copytree(small_checkpoint, tmp_path / "cut"))
+    chunk = max((cut / "vae").rglob("*"), key=lambda file: file.stat().st_size)
+    chunk.write_bytes(chunk.read_bytes()[:-4])
+    for damaged, message in (
+        (untold, "untold has no tokenizer for clip_l, clip_g, t5"),
+        (cut, "is damaged: .*cut/vae"),
+    ):
+        samplers = [Sampler("whole", small_checkpoint), Sampler("damaged", damaged)]
+        with pytest.raises(ValueError, match=message):
+            evaluate(samplers, suite(1), 1, tmp_path / "out", FakeScorer())
+    assert not pipeline.loads and not (tmp_path / "out").exists()
+
+
+def test_prompts_of_which_only_the_text_is_known_are_not_for_the_worlds_scorer(monkeypatch, pipeline, tmp_path):
+    monkeypatch.setattr(run, "load_detector", lambda: Detector(rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="nothing can be composed for 'a red fox'"):
+        evaluate([], [Prompt("given", "a red fox")], 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_before_the_first_row_leaves_nothing_behind(small_checkpoint, pipeline, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "decode", lambda latents: jnp.full((len(latents), 32, 32, 3), jnp.nan))
+    with pytest.raises(FloatingPointError):
+        evaluate([Sampler("one", small_checkpoint)], suite(1), 1, tmp_path / "new" / "out", FakeScorer(), batch=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_in_a_later_row_leaves_the_whole_rows_before_it(small_checkpoint, pipeline, monkeypatch, tmp_path):
+    def save_half(file, format):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    grids = iter([Image.new("RGB", (1, 1)), SimpleNamespace(save=save_half)])
+    monkeypatch.setattr(run, "draw_grid", lambda *_: next(grids))
+    samplers = [Sampler("first", small_checkpoint), Sampler("second", small_checkpoint)]
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(samplers, suite(1), 1, tmp_path / "out", FakeScorer(), batch=5)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"evaluation.json", "evaluation.md", "first.png"}
+    (row,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
+    assert row["name"] == "first"
 
 
 def test_a_missing_detector_is_said_before_anything_is_drawn(small_checkpoint, pipeline, monkeypatch, tmp_path):
@@ -141,9 +232,9 @@ def test_composed_pictures_are_the_first_row_where_the_detector_judges(monkeypat
 
 def test_a_last_batch_that_is_not_full_compiles_nothing_new(monkeypatch, tmp_path, compilations):
     monkeypatch.setattr(run, "load_detector", lambda: Detector(rngs=nnx.Rngs(0)))
-    evaluate([], suite(1)[:4], 1, tmp_path, batch=4)
+    evaluate([], suite(1)[:4], 1, tmp_path / "one", batch=4)
     compilations.clear()
-    evaluate([], suite(1), 1, tmp_path, batch=4)
+    evaluate([], suite(1), 1, tmp_path / "two", batch=4)
     assert compilations == []
 
 

@@ -121,3 +121,9 @@ def test_a_file_without_prompts_is_named(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt"):
         read_prompts(tmp_path / "prompts.txt")
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"prompts\.txt is not text in UTF-8"):
+        read_prompts(tmp_path / "prompts.txt")
