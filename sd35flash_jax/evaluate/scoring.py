@@ -1,4 +1,19 @@
-"""Right or wrong, by GenEval's rules (arXiv 2310.11513), from what the detector sees."""
+"""Right or wrong, from what the detector sees, by rules after GenEval's (arXiv 2310.11513).
+
+As in GenEval's own program (`evaluation/evaluate_images.py` of djghosh13/geneval), whatever else a picture shows is not
+held against it, a count must be exact, of several finds of a thing the most certain is the one whose place counts, and
+"overall" is the mean over categories. Otherwise than there:
+
+- One threshold serves all categories, `detector.CERTAIN`, and it is on a thing's presence alone. GenEval's is on the
+  score of a class: 0.3, and 0.9 for counting.
+- A place holds one thing, of its likeliest kind, and finds close together are one, whatever their kinds
+  (`detector.SAME`). GenEval takes each class by itself, its 16 most certain boxes at most, and by default merges none.
+- Position compares centres alone: the first's must be further along the named axis than across it. GenEval takes a
+  tenth of both widths off the offset along x, and of both heights along y, and wants more than half of the centres'
+  distance to be left on the axis. So a diagonal can be two relations there and is at most one here, and two things
+  that are close for their size are in no relation there.
+- Backgrounds stand in place of GenEval's colours of things and attribution of colours, which it asks of a CLIP model.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol

@@ -77,6 +77,8 @@ def test_a_picture_is_right_by_the_rule_of_its_prompts_category(prompt, view, ri
         (0.3, 0.35, {"left"}),
         (0.65, 0.3, {"above"}),
         (0.7, 0.7, set()),
+        (0.71, 0.7, {"right"}),  # GenEval would say "below" too.
+        (0.51, 0.5, {"right"}),  # GenEval would say nothing of things so close for their size.
         (0.5, 0.5, set()),
     ],
 )
