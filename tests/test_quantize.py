@@ -1,5 +1,6 @@
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -46,3 +47,11 @@ def test_bfloat16_weights_are_quantized_as_their_float32_values_are():
     array = np.random.default_rng(0).standard_normal((8, 4), np.float32).astype(ml_dtypes.bfloat16)
     for found, expected in zip(quantize(array, (0,)), quantize(array.astype(np.float32), (0,))):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(bad):
+    array = np.ones((3, 4), np.float32)
+    array[1, 2] = bad
+    with pytest.raises(ValueError, match=r"vae\.conv\.kernel has 1 of 12 weights that are NaN or infinite"):
+        quantize(array, (0,), "vae.conv.kernel")
