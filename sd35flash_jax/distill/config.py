@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass as validated
 
 from sd35flash_jax.config import Count, Positive, Size, describe_faults
 from sd35flash_jax.distill.split_timestep import branch_steps
+from sd35flash_jax.schedule import TRAIN_TIMESTEPS
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -70,7 +71,7 @@ class TeacherConfig:
     `cached` of them once, `cache_batch` at a time (0 is the training's batch)."""
 
     checkpoint: str
-    steps: Size = 32
+    steps: Annotated[int, Field(ge=1, le=TRAIN_TIMESTEPS)] = 32
     guidance: Guidance = 4.0
     negative_prompt: str = ""
     cached: Count = 0

@@ -1,7 +1,9 @@
 """What the training reads: prompts in a random order, and the teacher's guided trajectories, made as they are needed or
 all at the start. Everything is a function of the seed and of a row's or an update's number."""
 
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, Int, PyTree
 from tqdm import tqdm
 
+from sd35flash_jax.checkpoint import written_whole
 from sd35flash_jax.distill.flow import Velocity, guided
 from sd35flash_jax.distill.text_dropout import drop_text_encoders
 from sd35flash_jax.distill.trajectory import synthesize_trajectory
@@ -27,12 +30,14 @@ def read_prompts(path: Path) -> list[str]:
     """One prompt a line; empty lines are skipped.
 
     Raises:
-        ValueError: the file is missing, is not UTF-8, or has no prompt.
+        ValueError: the file cannot be read, is not UTF-8, or has no prompt.
     """
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise ValueError(f"the prompt list {path} does not exist; write one prompt a line") from None
+    except OSError as error:
+        raise ValueError(
+            f"the prompt list {path} cannot be read ({error.strerror}); write a file of one prompt a line"
+        ) from None
     except UnicodeDecodeError:
         raise ValueError(f"the prompt list {path} is not UTF-8 text; save it as such") from None
     if not prompts:
@@ -93,27 +98,57 @@ def kept_trajectories(
 
     Raises:
         FloatingPointError: a point of a trajectory is not finite, or too large for half precision.
+        OSError: the disk is full or not writable. Nothing is left behind.
     """
     if not path.exists():
-        count = shape[0]
-        partial_path = path.with_suffix(".partial")
-        file = np.lib.format.open_memmap(partial_path, "w+", np.float16, shape) if jax.process_index() == 0 else None
-        with tqdm(total=count, unit="row", desc="synthesizing trajectories", disable=not progress) as bar:
-            for start in range(0, count, batch):
-                # The last batch is filled up with the first rows, lest a smaller one compile anew.
-                made = np.asarray(synthesize(np.arange(start, start + batch) % count))[: count - start]
-                if not np.isfinite(made).all():
-                    raise FloatingPointError(
-                        "the teacher's trajectories are not finite; check its weights and lower teacher.guidance"
-                    )
-                if file is not None:
-                    file[start : start + batch] = made
-                bar.update(len(made))
-        if file is not None:
-            file.flush()
-            partial_path.rename(path)
+        batches = _synthesized(shape[0], batch, synthesize, progress)
+        if jax.process_index() == 0:
+            with written_whole(path) as partial_path:
+                _write_rows(partial_path, shape, batches)
+        else:
+            for _ in batches:  # Every process takes its part in making them.
+                pass
         sync_global_devices(f"{path} is whole")
     return np.load(path, mmap_mode="r")
+
+
+def _synthesized(
+    count: int, batch: int, synthesize: Callable[[Int[np.ndarray, " b"]], Array], progress: bool
+) -> Iterator[Float16[np.ndarray, "b k+1 ..."]]:
+    """All rows in turn, a batch at a time."""
+    with tqdm(total=count, unit="row", desc="synthesizing trajectories", disable=not progress) as bar:
+        for start in range(0, count, batch):
+            # The last batch is filled up with the first rows, lest a smaller one compile anew.
+            made = np.asarray(synthesize(np.arange(start, start + batch) % count))[: count - start]
+            if not np.isfinite(made).all():
+                raise FloatingPointError(
+                    "the teacher's trajectories are not finite; check its weights and lower teacher.guidance"
+                )
+            yield made
+            bar.update(len(made))
+
+
+def _write_rows(path: Path, shape: tuple[int, ...], batches: Iterator[Float16[np.ndarray, "b k+1 ..."]]) -> None:
+    """A NumPy file, written as a stream: to a file that is mapped into memory a full disk is death, and no error."""
+    with path.open("xb") as file:
+        header = {"descr": np.dtype(np.float16).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in batches:
+            file.write(rows.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def weights_digest(checkpoint: Path, components: Sequence[str]) -> str:
+    """The SHA-256 of some of a checkpoint's components and their tokenizers: their files are read, at some 2 GB/s."""
+    digest = hashlib.sha256()
+    for folder in (part / name for name in components for part in (checkpoint, checkpoint / "tokenizers")):
+        # Without Orbax's own notes, which say when the checkpoint was written.
+        for path in sorted(file for file in folder.rglob("[!_]*") if file.is_file()):
+            digest.update(path.relative_to(checkpoint).as_posix().encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 Real = Literal["trajectories", "samples", "nothing"]

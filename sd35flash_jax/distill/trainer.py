@@ -15,6 +15,7 @@ was killed goes on from its last checkpoint bit for bit as if it had not been.
 import csv
 import hashlib
 import math
+import shutil
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,18 +33,28 @@ from jaxtyping import Array
 from PIL import Image
 from tqdm import tqdm
 
+from sd35flash_jax import compilation
 from sd35flash_jax.checkpoint import (
-    Checkpoint,
     abstract_component,
     load_checkpoint,
     parameters,
+    read_config,
     save_checkpoint,
+    tokenizer_folders,
     with_parameters,
 )
-from sd35flash_jax.config import MMDiTConfig, ScheduleConfig
+from sd35flash_jax.config import DOWNSAMPLING, TEXT_ENCODERS, MMDiTConfig, ModelConfig, ScheduleConfig
 from sd35flash_jax.distill.adversarial import init_heads
 from sd35flash_jax.distill.config import DistillConfig
-from sd35flash_jax.distill.data import BatchMaker, Real, Synthesis, kept_trajectories, prompt_order, read_prompts
+from sd35flash_jax.distill.data import (
+    BatchMaker,
+    Real,
+    Synthesis,
+    kept_trajectories,
+    prompt_order,
+    read_prompts,
+    weights_digest,
+)
 from sd35flash_jax.distill.lora import Params, init_lora, merge_lora
 from sd35flash_jax.distill.mmdit import mmdit_networks
 from sd35flash_jax.distill.split_timestep import branch_steps, interpolate
@@ -57,7 +68,7 @@ from sd35flash_jax.distill.updates import (
     TrajectoryUpdate,
     begin,
 )
-from sd35flash_jax.pipeline import DOWNSAMPLING, FlashPipeline, check_size
+from sd35flash_jax.pipeline import FlashPipeline, check_size
 from sd35flash_jax.schedule import choose_sigmas, shifted_sigmas
 from sd35flash_jax.sharding import make_mesh, parameter_shardings, put, replicated, row_sharding
 from sd35flash_jax.text import Conditioning, clip_widths, token_counts, tokenize
@@ -89,9 +100,11 @@ def distill(config: DistillConfig, progress: bool = False) -> Path:
     """Run a distillation, or go on with it where its folder holds one, and return the student's checkpoint.
 
     Raises:
-        ValueError: the configuration does not fit the checkpoint, or there is no prompt.
+        ValueError: the configuration does not fit the teacher's checkpoint, the devices, or what the folder holds, or
+            there is no prompt. Before the teacher's weights are read.
         FloatingPointError: a loss or gradient is not finite; the last good checkpoint is named.
         FileExistsError: the student is there already.
+        OSError: the disk is full or not writable.
     """
     destination = Path(config.training.output).expanduser() / "student"
     if destination.exists():
@@ -106,33 +119,35 @@ class Trainer:
     """One run. `state` is what is being trained; `kept` holds the students that a later stage needs."""
 
     def __init__(self, config: DistillConfig, progress: bool = False):
+        compilation.configure()
         self.config = config
         self.folder = Path(config.training.output).expanduser().absolute()
         self.prompts = read_prompts(Path(config.training.prompts).expanduser())
         self.mesh = make_mesh(config.sharding.fsdp)
         self.writes = jax.process_index() == 0
         self.progress = progress and self.writes
-        check_rows(config, self.mesh.size)
-        whole = replicated(self.mesh)
-        loaded = load_checkpoint(config.teacher.checkpoint, None, config.training.dtype, whole, self.progress)
-        self.model = self._check_fit(loaded)
-        self.structure = abstract_component("transformer", loaded.config)
-        params: Params = parameters(loaded.components.pop("transformer"))
-        self.teacher: Params = jax.device_put(params, parameter_shardings(self.mesh, params))
-        del params  # whole on every device
-        self.loaded = loaded
-        self.pipeline = FlashPipeline.from_checkpoint(self.loaded, config.training.max_t5_tokens)
+        check_division(config, self.mesh.size)
+        self.described = read_config(config.teacher.checkpoint)
+        self.model = check_teacher(config, self.described)
+        self.structure = abstract_component("transformer", self.described)
         self.sigmas = (*config.student.sigmas, 0.0)
         self.stages = self._stages()
+        whole = replicated(self.mesh)
         self.key = jax.jit(jax.random.key, out_shardings=whole)(config.training.seed)
+        # What does not divide over the devices is refused here; so far the teacher's weights are shapes.
+        parameter_shardings(self.mesh, jax.eval_shape(self._initial_state, parameters(self.structure), self.key))
+        read = [name for name in self.described.components if name != "vae"]
+        self.digest = weights_digest(Path(config.teacher.checkpoint).expanduser(), read)
+        self.manager = self._open_progress()
+        self.stage, self.done = self._read_position()
+        self.loaded = load_checkpoint(config.teacher.checkpoint, None, config.training.dtype, whole, self.progress)
+        params: Params = parameters(self.loaded.components.pop("transformer"))
+        self.teacher: Params = jax.device_put(params, parameter_shardings(self.mesh, params))
+        del params  # whole on every device
+        self.pipeline = FlashPipeline.from_checkpoint(self.loaded, config.training.max_t5_tokens)
         self.state = self._in_parts(self._initial_state, self.teacher, self.key)
         self.kept: dict[str, Params] = {}
         self.unread: deque[tuple[str, int, int, Metrics]] = deque()
-        self.stage = self.done = 0
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.training.keep, enable_async_checkpointing=False, create=True
-        )
-        self.manager = ocp.CheckpointManager(self.folder / "progress", options=options)
 
     # The stages in order
 
@@ -170,15 +185,17 @@ class Trainer:
         self.unread.append((stage.name, self.done, self.position, metrics))
         self._report(bar, UNREAD)
         training = self.config.training
+        # Before the checkpoint: a run that is killed while it draws goes on from an earlier one, and draws again.
+        if training.sample_every and training.sample_prompts and self.position % training.sample_every == 0:
+            self._report(bar)
+            self.sample(self.folder / "samples" / f"{self.position:06d}.png")
         if self.position % training.checkpoint_every == 0 and self.done < stage.updates:
             self._report(bar)
             self.save()
-        if training.sample_every and training.sample_prompts and self.position % training.sample_every == 0:
-            self.sample(self.folder / "samples" / f"{self.position:06d}.png")
 
     def _report(self, bar: tqdm, waiting: int = 0) -> None:
         """Read the losses of all updates but the last few. No checkpoint is written while there are unread ones, so
-        that each is a good one."""
+        that each is a good one, and no sample is drawn of a student that is not finite."""
         while len(self.unread) > waiting:
             stage, done, position, metrics = self.unread.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -217,9 +234,7 @@ class Trainer:
 
     def _stages(self) -> list[Stage]:
         config, lora = self.config, bool(self.config.student.lora_rank)
-        networks = mmdit_networks(
-            self.loaded.config, lora, head_depths(self.model.depth), config.training.rematerialise
-        )
+        networks = mmdit_networks(self.described, lora, head_depths(self.model.depth), config.training.rematerialise)
         ema, steps = config.training.ema, len(self.sigmas) - 1
         first = optimizers(config, config.trajectory.learning_rate)
         guidance = TrajectoryUpdate(networks, first, self.sigmas, ema)
@@ -260,11 +275,11 @@ class Trainer:
     def _read_prompts(self) -> None:
         """Everything about prompts and trajectories that is done once."""
         config, training = self.config, self.config.training
-        counts = token_counts(self.loaded.config, self.pipeline.max_t5_tokens)
+        counts = token_counts(self.described, self.pipeline.max_t5_tokens)
         self.tokens = tokenize(self.pipeline.tokenizers, self.prompts, counts)
         self.negative = self.pipeline.encode([config.teacher.negative_prompt])
 
-        shifted = shifted_sigmas(config.teacher.steps, self.loaded.config.schedule.shift)
+        shifted = shifted_sigmas(config.teacher.steps, self.described.schedule.shift)
         levels, indices = teacher_sigmas(np.array(self.sigmas), shifted)
         size = (training.height // DOWNSAMPLING, training.width // DOWNSAMPLING, self.model.latent_channels)
         synthesis = Synthesis(
@@ -274,7 +289,7 @@ class Trainer:
             config.teacher.guidance,
             size,
         )
-        widths = clip_widths(self.loaded.config)
+        widths = clip_widths(self.described)
         maker = BatchMaker(
             synthesis,
             self.mesh,
@@ -299,14 +314,17 @@ class Trainer:
             return of_rows(self.teacher, key, self._by_rows(rows), self._conditioning(rows), self.negative)
 
         depends_on = (
-            teaching,
+            self.digest,
+            self.described,
+            (teaching.steps, teaching.guidance, teaching.negative_prompt, teaching.cached),
+            self.sigmas,
             self.prompts,
             training.seed,
             training.dtype,
             self.pipeline.max_t5_tokens,
             synthesis.shape,
         )
-        digest = hashlib.sha256(repr((depends_on, self.sigmas)).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:12]
         shape = (teaching.cached, len(self.sigmas), *synthesis.shape)
         path = self.folder / f"trajectories-{digest}.npy"
         return kept_trajectories(path, shape, teaching.cache_batch or training.batch, synthesize, self.progress)
@@ -332,23 +350,57 @@ class Trainer:
 
     # Files
 
+    def _open_progress(self) -> ocp.CheckpointManager:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{self.folder} cannot be made ({error.strerror}); choose another training.output") from None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.config.training.keep,
+            cleanup_tmp_directories=True,  # those of a run that was killed while it wrote
+            enable_async_checkpointing=False,
+            create=True,
+        )
+        return ocp.CheckpointManager(self.folder / "progress", options=options)
+
+    def _read_position(self) -> tuple[int, int]:
+        """Stage and updates of it done in the last checkpoint, if that is of this student and this teacher."""
+        latest = self.manager.latest_step()
+        if latest is None:
+            return 0, 0
+        stored = self.manager.restore(latest, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
+        for name, value in self._fixed().items():
+            if stored.get(name) != value:
+                raise ValueError(
+                    f"{self.folder} holds a run with {name} = {stored.get(name)}, not {value}; set that back, or "
+                    "choose another training.output"
+                )
+        return stored["stage"], stored["done"]
+
+    def _fixed(self) -> dict[str, Any]:
+        """What a run that goes on cannot change, for what it has learned would mean something else."""
+        return {
+            "student.sigmas": list(self.config.student.sigmas),
+            "student.lora_rank": self.config.student.lora_rank,
+            "matching.head_size": self.config.matching.head_size,
+            "SHA-256 of teacher.checkpoint": self.digest,
+        }
+
     def save(self) -> None:
         """Write the whole training state under the number of updates done."""
         content = {"arrays": ocp.args.StandardSave(_leaves((self.state, self.kept)))}
-        content["position"] = ocp.args.JsonSave({"stage": self.stage, "done": self.done})
+        content["position"] = ocp.args.JsonSave({"stage": self.stage, "done": self.done} | self._fixed())
         self.manager.save(self._number(), args=ocp.args.Composite(**content))
 
     def _resume(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         latest = self.manager.latest_step()
         if latest is not None:
             self._restore(latest)
         if self.writes:
+            remove_leftovers(self.folder)
             truncate_losses(self.folder / "losses.csv", self.position)
 
     def _restore(self, latest: int) -> None:
-        position = self.manager.restore(latest, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
-        self.stage, self.done = position["stage"], position["done"]
         names = {"split-low": ("base",), "split-high": ("base", "low")}
         current = self.stages[self.stage].name if self.stage < len(self.stages) else ""
         kept = {name: self.state.ema for name in names.get(current, ())}
@@ -387,7 +439,7 @@ class Trainer:
         """A row of pictures of the configured prompts, one seed each."""
         training = self.config.training
         components = self.loaded.components | {"transformer": self.transformer()}
-        pipeline = FlashPipeline(self.loaded.config, components, self.pipeline.tokenizers, training.max_t5_tokens)
+        pipeline = FlashPipeline(self.described, components, self.pipeline.tokenizers, training.max_t5_tokens)
         result = pipeline(
             list(training.sample_prompts),
             sigmas=self.config.student.sigmas,
@@ -402,44 +454,62 @@ class Trainer:
     def save_student(self, destination: Path) -> None:
         """The student as a checkpoint directory: the teacher's other components and tokenizers, and its own sigmas."""
         own = self.config.student.sigmas
-        others = tuple(sigmas for sigmas in self.loaded.config.schedule.sigmas if len(sigmas) != len(own))
-        schedule = ScheduleConfig(self.loaded.config.schedule.shift, (*others, own))
+        others = tuple(sigmas for sigmas in self.described.schedule.sigmas if len(sigmas) != len(own))
+        schedule = ScheduleConfig(self.described.schedule.shift, (*others, own))
         components = self.loaded.components | {"transformer": self.transformer()}
         if self.writes:
             save_checkpoint(
                 destination,
-                replace(self.loaded.config, schedule=schedule),
+                replace(self.described, schedule=schedule),
                 components,
                 self.loaded.tokenizers,
                 source={"distilled from": str(self.config.teacher.checkpoint), "sigmas": list(own)},
             )
         sync_global_devices("the student is saved")
 
-    def _check_fit(self, loaded: Checkpoint) -> MMDiTConfig:
-        """The teacher's transformer, if this distillation can use it."""
-        config, training = loaded.config, self.config.training
-        if config.transformer is None:
-            raise ValueError(
-                f"{self.config.teacher.checkpoint} has no transformer to distil; convert a source that has"
-            )
-        if not loaded.tokenizers:
-            raise ValueError(f"{self.config.teacher.checkpoint} has no text encoder to read the prompts with")
-        check_size(config, training.height, training.width)
-        choose_sigmas(config.schedule, 1, self.config.student.sigmas)
-        return config.transformer
+
+def check_teacher(config: DistillConfig, described: ModelConfig) -> MMDiTConfig:
+    """The transformer of the teacher's checkpoint, which `described` describes, if this distillation can use it.
+
+    Raises:
+        ValueError: the checkpoint lacks a component or a tokenizer, or cannot make pictures of the configured size.
+    """
+    checkpoint, training = config.teacher.checkpoint, config.training
+    if described.transformer is None:
+        raise ValueError(f"{checkpoint} has no transformer to distil; convert a source that has")
+    encoders = [name for name in described.components if name in TEXT_ENCODERS]
+    if not encoders:
+        raise ValueError(f"{checkpoint} has no text encoder to read the prompts with; convert a source that has")
+    unread = set(encoders) - set(tokenizer_folders(Path(checkpoint).expanduser(), encoders))
+    if unread:
+        raise ValueError(
+            f"{checkpoint} has no tokenizer for {' and '.join(sorted(unread))}; convert its source again, with "
+            "--tokenizers"
+        )
+    if described.vae is None and training.sample_every and training.sample_prompts:
+        raise ValueError(
+            f"{checkpoint} has no vae to draw training.sample_prompts with; convert a source that has, or set "
+            "training.sample_every=0"
+        )
+    check_size(described, training.height, training.width)
+    choose_sigmas(described.schedule, 1, config.student.sigmas)
+    return described.transformer
 
 
-def check_rows(config: DistillConfig, devices: int) -> None:
-    """Raises ValueError if rows do not divide over the devices."""
+def check_division(config: DistillConfig, devices: int) -> None:
+    """Refuse numbers that do not divide over the devices they are for.
+
+    Raises:
+        ValueError: rows do not divide over all devices, or the heads' size does not over a group of them.
+    """
     training = config.training
-    for name, rows in (
-        ("training.batch / training.micro_batches", training.batch // training.micro_batches),
-        ("teacher.cache_batch", config.teacher.cache_batch),
+    for name, number, parts in (
+        ("training.batch / training.micro_batches", training.batch // training.micro_batches, devices),
+        ("teacher.cache_batch", config.teacher.cache_batch, devices),
+        ("matching.head_size", config.matching.head_size, config.sharding.fsdp),
     ):
-        if rows % devices:
-            raise ValueError(
-                f"{name} = {rows} rows do not divide over {devices} devices; choose a multiple of {devices}"
-            )
+        if number % parts:
+            raise ValueError(f"{name} = {number} does not divide over {parts} devices; choose a multiple of {parts}")
 
 
 def head_depths(depth: int) -> tuple[int, ...]:
@@ -471,11 +541,24 @@ def truncate_losses(path: Path, updates: int) -> None:
     partial_path.replace(path)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a run that was killed had half written in its folder; what is whole has another name."""
+    for path in folder.glob(".*.partial-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def optimizers(config: DistillConfig, learning_rate: float) -> Optimizers:
-    """Adam on clipped gradients; without momentum, since every network learns against another that moves (DMD2)."""
+    """Adam on clipped gradients; without momentum, since every network learns against another that moves (DMD2).
+
+    `optax.adam(b1=0)` would keep a first moment all the same, of a whole model: this RMSprop is what it is without.
+    """
 
     def adam(rate: float) -> optax.GradientTransformation:
-        return optax.chain(optax.clip_by_global_norm(config.training.clip), optax.adam(rate, b1=0.0))
+        second_moment = optax.rmsprop(rate, decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
+        return optax.chain(optax.clip_by_global_norm(config.training.clip), second_moment)
 
     matching = config.matching
     return Optimizers(adam(learning_rate), adam(matching.proxy_learning_rate), adam(matching.head_learning_rate))

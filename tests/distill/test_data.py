@@ -1,21 +1,30 @@
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sd35flash_jax.checkpoint import save_checkpoint
+from sd35flash_jax.config import ModelConfig
 from sd35flash_jax.distill.data import (
     BatchMaker,
     Synthesis,
     kept_trajectories,
     prompt_order,
     read_prompts,
+    weights_digest,
 )
 from sd35flash_jax.distill.trajectory import teacher_sigmas
 from sd35flash_jax.sharding import make_mesh
 from sd35flash_jax.text import Conditioning
 from tests.distill.networks import numpy_mlp, random_mlp
+from tests.tiny_model import CONFIG, random_parameters
 
 LEVELS, INDICES = teacher_sigmas(np.array([1.0, 0.5, 0.0]), np.linspace(1, 0, 8))
 TEACHER = {name: array.astype(np.float32) for name, array in random_mlp(1).items()}
@@ -108,10 +117,44 @@ def test_kept_trajectories_are_made_once_and_whole(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         kept_trajectories(path, shape, 2, dies_halfway)
-    assert not path.exists()
+    assert list(tmp_path.iterdir()) == []
     kept = kept_trajectories(path, shape, 2, of_numbers)
     np.testing.assert_array_equal(kept_trajectories(path, shape, 2, dies_halfway), kept)
     assert [file.name for file in tmp_path.iterdir()] == ["kept.npy"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from sd35flash_jax.distill.data import kept_trajectories
+
+def synthesize(numbers):
+    if numbers[0] == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return np.ones((len(numbers), 3, 2), np.float16)
+
+kept_trajectories(Path(sys.argv[1]), (8, 3, 2), 2, synthesize)
+"""
+
+
+def test_what_a_killed_process_left_of_trajectories_is_not_taken_for_them(tmp_path):
+    path = tmp_path / "kept.npy"
+    assert subprocess.run([sys.executable, "-c", KILLED, str(path)]).returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert leftover != path
+    assert kept_trajectories(path, (8, 3, 2), 2, of_numbers).shape == (8, 3, 2)
+    assert len(np.unique(np.load(path)[:, 0])) == 16
+
+
+def test_a_disk_that_fills_up_while_trajectories_are_kept_is_said_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"has no space left for kept\.npy"):
+        kept_trajectories(tmp_path / "kept.npy", (8, 3, 2), 2, of_numbers)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_trajectories_that_half_precision_cannot_hold_are_refused(tmp_path):
@@ -127,5 +170,38 @@ def test_a_prompt_list_skips_empty_lines_and_must_have_a_prompt(tmp_path):
     path.write_text("\n")
     with pytest.raises(ValueError, match="has no prompt; write one prompt a line"):
         read_prompts(path)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"absent.txt cannot be read \(No such file"):
         read_prompts(tmp_path / "absent.txt")
+
+
+@pytest.fixture
+def encoder(tmp_path) -> Callable[[str, int], Path]:
+    """Writes a checkpoint of one text encoder under a name, with weights of a seed."""
+
+    def write(name: str, seed: int) -> Path:
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        (tmp_path / "tokenizer" / "vocab.json").write_text("{}")
+        components = {"clip_l": random_parameters("clip_l", seed)}
+        tokenizers = {"clip_l": tmp_path / "tokenizer"}
+        save_checkpoint(tmp_path / name, ModelConfig(clip_l=CONFIG.clip_l), components, tokenizers)
+        return tmp_path / name
+
+    return write
+
+
+def test_weights_are_known_by_their_digest_wherever_and_whenever_they_were_written(encoder):
+    one, again, other = encoder("one", 0), encoder("again", 0), encoder("other", 1)
+    assert weights_digest(one, ["clip_l"]) == weights_digest(again, ["clip_l"]) != weights_digest(other, ["clip_l"])
+
+
+def test_a_single_weight_or_a_tokenizer_makes_another_digest(encoder):
+    checkpoint = encoder("one", 0)
+    digests = [weights_digest(checkpoint, ["clip_l"])]
+    chunk = max((checkpoint / "clip_l").rglob("0*"), key=lambda file: file.stat().st_size)
+    weights = np.fromfile(chunk, np.float32)
+    weights[-1] += 1
+    weights.tofile(chunk)
+    digests.append(weights_digest(checkpoint, ["clip_l"]))
+    (checkpoint / "tokenizers" / "clip_l" / "vocab.json").write_text('{"a": 0}')
+    digests.append(weights_digest(checkpoint, ["clip_l"]))
+    assert len(set(digests)) == 3
