@@ -10,6 +10,7 @@ from sd35flash_jax.world.scenes import Background, Content, Group
 NUMBERS = ("zero", "one", "two", "three", "four")
 _SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 _PREFIXES = ("a picture of", "a photo of", "an image of", "an emoji of", "a drawing of", "there is", "i want", "draw")
+_SEVERAL = tuple(f"{number} " for number in (*NUMBERS[2:], "2", "3", "4"))
 _PLACES = {
     "meadow": ("on the grass", "in a meadow", "on a green meadow", "on a lawn"),
     "beach": ("on the beach", "at the beach", "on a sandy beach"),
@@ -39,7 +40,10 @@ def caption(content: Content, rng: np.random.Generator) -> str:
     main = _described(content, rng)
     draw = rng.random()
     if draw < 0.2 and content.relation is None:
-        main = f"{_one_of(_PREFIXES, rng)} {main}"
+        prefix = _one_of(_PREFIXES, rng)
+        if prefix == "there is" and main.startswith(_SEVERAL):
+            prefix = "there are"
+        main = f"{prefix} {main}"
     if rng.random() < 0.65:
         where = describe_background(content.background, rng)
         form = rng.random()
@@ -59,16 +63,17 @@ def describe_background(background: Background, rng: np.random.Generator) -> str
         return _one_of(_PLACES[background.place], rng)
     if background.kind == "gradient":
         first, second = background.colours
-        return _one_of((f"on a {first} to {second} gradient", f"on a gradient from {first} to {second}"), rng)
+        forms = (f"on {_article(first)} {first} to {second} gradient", f"on a gradient from {first} to {second}")
+        return _one_of(forms, rng)
     colour = background.colours[0]
     colour = "grey" if colour == "gray" and rng.random() < 0.4 else colour
-    article = "an" if colour[0] in "aeiou" else "a"
+    coloured = f"{_article(colour)} {colour} background"
     forms = (
-        f"on {article} {colour} background",
-        f"on {article} {colour} background",
+        f"on {coloured}",
+        f"on {coloured}",
         f"on a plain {colour} background",
-        f"against {article} {colour} background",
-        f"with {article} {colour} background",
+        f"against {coloured}",
+        f"with {coloured}",
         f"on {colour}",
     )
     return _one_of(forms, rng)
@@ -84,8 +89,7 @@ def describe_group(group: Group, rng: np.random.Generator) -> str:
         return f"{number} {size}{thing.plurals[which]}"
     noun = size + thing.words[which]
     draw = rng.random()
-    indefinite = "an" if noun.startswith(("a", "e", "i", "o", "umb", "hour")) else "a"
-    article = "one" if draw < 0.08 else "the" if draw < 0.12 else indefinite
+    article = "one" if draw < 0.08 else "the" if draw < 0.12 else _article(noun)
     return noun if 0.12 <= draw < 0.17 else f"{article} {noun}"
 
 
@@ -109,6 +113,10 @@ def _listed(parts: Sequence[str], rng: np.random.Generator) -> str:
         return parts[0]
     joint = _one_of((" and ", " and ", " with ", " next to "), rng) if len(parts) == 2 else " and "
     return ", ".join(parts[:-1]) + joint + parts[-1]
+
+
+def _article(noun: str) -> str:
+    return "an" if noun.startswith(("a", "e", "i", "o", "umb", "hour")) else "a"
 
 
 def _one_of(forms: Sequence[str], rng: np.random.Generator) -> str:

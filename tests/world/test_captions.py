@@ -69,3 +69,18 @@ def test_articles_agree_with_the_sound_that_follows():
                 assert rest[0][0].lower() in "aeiouh", thing
             if first == "a":
                 assert rest[0][0].lower() not in "aeio", thing
+
+
+def test_an_orange_comes_with_its_article_in_front_of_a_gradient_too():
+    rng = np.random.default_rng(0)
+    for colours in (("orange", "red"), ("red", "orange")):
+        said = " ".join(describe_background(Background("gradient", colours), rng) for _ in range(30))
+        assert "a orange" not in said and "an red" not in said
+
+
+def test_there_are_several_of_a_thing_and_there_is_one():
+    rng = np.random.default_rng(0)
+    for count, verb in ((1, "is"), (2, "are"), (4, "are")):
+        said = [caption(Content((Group(0, count),), WHITE), rng).lower() for _ in range(800)]
+        there = {text.split()[1] for text in said if text.startswith("there ")}
+        assert there == {verb}
