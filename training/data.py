@@ -1,4 +1,4 @@
-"""Scenes with their captions, made by all processors at once."""
+"""Scenes with their captions and token ids, made by all processors at once."""
 
 import multiprocessing
 import os
@@ -26,12 +26,7 @@ def make_scenes(
     starts = range(0, count, CHUNK)
     sizes = [min(CHUNK, count - start) for start in starts]
     make = partial(_make_chunk, seed, captions, draw)
-    if len(sizes) == 1:
-        chunks = [make(0, sizes[0])]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(len(sizes), os.cpu_count() or 1), context) as pool:
-            chunks = list(pool.map(make, starts, sizes))
+    chunks = _at_once(make, starts, sizes)
     arrays = jax.tree.map(lambda *parts: np.concatenate(parts), *(scenes for scenes, _ in chunks))
     return arrays, [texts for _, chunk in chunks for texts in chunk]
 
@@ -48,9 +43,27 @@ def token_ids(tokenizers: Mapping[str, Any], prompts: Sequence[str], config: Mod
     """Ids of each encoder, `(prompts, tokens)` int32."""
     assert config.t5 is not None
     counts = token_counts(config, config.t5.max_tokens)
+    chunks = [prompts[start : start + 2 * CHUNK] for start in range(0, len(prompts), 2 * CHUNK)]
+    parts = _at_once(partial(_ids_of_chunk, tokenizers, counts), chunks)
+    return {name: np.concatenate([part[name] for part in parts]) for name in tokenizers}
+
+
+def _ids_of_chunk(
+    tokenizers: Mapping[str, Any], counts: Mapping[str, int], prompts: Sequence[str]
+) -> dict[str, np.ndarray]:
     return {
         name: np.array(
             tokenizer(list(prompts), padding="max_length", max_length=counts[name], truncation=True).input_ids, np.int32
         )
         for name, tokenizer in tokenizers.items()
     }
+
+
+def _at_once(make: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+    """`map`, in as many processes as there are processors; a single chunk is made here."""
+    chunks = len(arguments[0])
+    if chunks == 1:
+        return list(map(make, *arguments))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(chunks, os.cpu_count() or 1), context) as pool:
+        return list(pool.map(make, *arguments))

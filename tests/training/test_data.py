@@ -79,3 +79,10 @@ def test_token_ids_are_those_of_each_tokenizer_cut_and_padded_to_what_its_encode
         assert ids[name][1].tolist() == own + [tokenizer.pad_token_id] * (TEXT_TOKENS - len(own))
         assert ids[name].min() >= 0 and ids[name].max() < getattr(FLASH_MINI, name).vocabulary
         assert ids[name][2, -1] == tokenizer.eos_token_id
+
+
+def test_token_ids_are_the_same_where_several_processes_make_them(tokenizers, monkeypatch):
+    prompts = ["a rocket", "two cats", "", "a tree at night", "three frogs"]
+    together = token_ids(tokenizers, prompts, FLASH_MINI)
+    monkeypatch.setattr("training.data.CHUNK", 1)
+    assert_equal(token_ids(tokenizers, prompts, FLASH_MINI), together)
