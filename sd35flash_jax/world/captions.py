@@ -63,8 +63,8 @@ def describe_background(background: Background, rng: np.random.Generator) -> str
         return _one_of(_PLACES[background.place], rng)
     if background.kind == "gradient":
         first, second = background.colours
-        forms = (f"on {_article(first)} {first} to {second} gradient", f"on a gradient from {first} to {second}")
-        return _one_of(forms, rng)
+        downwards = f"{first} to {second}"
+        return _one_of((f"on {_article(first)} {downwards} gradient", f"on a gradient from {downwards}"), rng)
     colour = background.colours[0]
     colour = "grey" if colour == "gray" and rng.random() < 0.4 else colour
     coloured = f"{_article(colour)} {colour} background"
