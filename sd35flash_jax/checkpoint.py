@@ -216,7 +216,7 @@ def save_checkpoint(
 
     Raises:
         FileExistsError: `path` exists.
-        ValueError: `components` are not those of `config`.
+        ValueError: `components` are not those of `config`, or a weight to be stored as int8 is NaN or infinite.
         OSError: the disk is full or not writable. Nothing is left behind.
     """
     destination = Path(path).expanduser()
@@ -274,7 +274,7 @@ def _quantized(component: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
         shared = _shared_axes(component, param, len(array.shape))
         if shared:
             whole = array.whole() if isinstance(array, StreamedArray) else np.asarray(array)
-            stored[param], stored[param + _SCALES] = quantize(whole, shared)
+            stored[param], stored[param + _SCALES] = quantize(whole, shared, f"{component}.{param}")
         else:
             stored[param] = array
     return stored

@@ -192,6 +192,14 @@ def test_an_int8_checkpoint_is_a_third_as_large(int8_checkpoint, small_checkpoin
     assert weights(int8_checkpoint[0]) < weights(small_checkpoint) / 3
 
 
+def test_a_weight_that_int8_cannot_store_is_named_and_nothing_is_left(tmp_path):
+    arrays = random_parameters("clip_l")
+    arrays["layers.qkv.kernel"][1, 2, 3] = np.nan
+    with pytest.raises(ValueError, match=r"clip_l\.layers\.qkv\.kernel has 1 of \d+ weights that are NaN or infinite"):
+        save_checkpoint(tmp_path / "new", ModelConfig(clip_l=CONFIG.clip_l), {"clip_l": arrays}, int8=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_lost_scales_are_named(int8_checkpoint, tmp_path):
     folder = Path(shutil.copytree(int8_checkpoint[0], tmp_path / "checkpoint"))
     (chunk,) = chunks(folder / "vae", "encoder.conv_in.kernel.int8_scales")
