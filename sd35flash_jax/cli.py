@@ -379,15 +379,18 @@ def _distill(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from sd35flash_jax.evaluate.run import Sampler, check_evaluation, evaluate
-    from sd35flash_jax.evaluate.suite import MOST_PROMPTS, read_prompts, suite
+    from sd35flash_jax.evaluate.suite import MOST_PROMPTS, Prompt, suite
+    from sd35flash_jax.text import read_prompts
 
     _check_scorer_options(options)
     if options.prompt_file and options.scorer == "world":
         raise ValueError("the world's scorer knows its own prompts alone; give --prompt-file with another --scorer")
     if options.prompt_file and options.prompts is not None:
         raise ValueError("--prompts counts the suite's prompts, and --prompt-file stands in its place; leave one out")
-    wanted = MOST_PROMPTS if options.prompts is None else options.prompts
-    prompts = read_prompts(options.prompt_file) if options.prompt_file else suite(wanted)
+    if options.prompt_file:
+        prompts = [Prompt("given", text) for text in read_prompts(options.prompt_file)]
+    else:
+        prompts = suite(MOST_PROMPTS if options.prompts is None else options.prompts)
     named = options.checkpoint.absolute().name if options.checkpoint else "bundled model"
     first = Sampler(f"{named}, {options.steps} steps", options.checkpoint, options.steps, options.guidance)
     samplers = [first, *(Sampler(*parts) for parts in options.compare or [])]

@@ -28,6 +28,26 @@ class Conditioning:
     pooled: Float[Array, "b p"]
 
 
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines are skipped.
+
+    Raises:
+        ValueError: the file cannot be read, is not UTF-8, or has no prompt.
+    """
+    try:
+        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ValueError(
+            f"the prompt list {path} cannot be read ({error.strerror}); write a file of one prompt a line"
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"the prompt list {path} is not UTF-8 text; save it as such") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"the prompt list {path} has no prompt; write one prompt a line")
+    return prompts
+
+
 def load_tokenizer(encoder: str, folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a text encoder, from `vocab.json` and `merges.txt`, `spiece.model` or `tokenizer.json`.
 

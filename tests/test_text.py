@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sd35flash_jax.text import load_tokenizer, token_counts, tokenize
+from sd35flash_jax.text import load_tokenizer, read_prompts, token_counts, tokenize
 from tests.tiny_model import CONFIG, END_OF_TEXT, write_tokenizers
 
 SHARED = Path(__file__).parents[2] / "shared" / "sd3-medium-diffusers"
@@ -87,3 +87,24 @@ def test_the_published_tokenizers_load_from_each_form_they_are_stored_in(encoder
     np.testing.assert_array_equal(tokenize({encoder: partial}, [PROMPT, ""], counts)[encoder], expected)
     # T5 ends with </s> and <pad>; CLIP-L repeats <|endoftext|>; OpenCLIP pads with "!".
     assert expected[1].tolist()[-2:] == {"clip_l": [49407] * 2, "clip_g": [0] * 2, "t5": [0] * 2}[encoder]
+
+
+def test_prompts_are_read_from_a_file_one_a_line_and_empty_lines_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a fox\n\n  an old café \n", encoding="utf-8")
+    assert read_prompts(Path("~/prompts.txt")) == ["a fox", "an old café"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n \n", r"prompts\.txt has no prompt; write one prompt a line"),
+        (b"\xff\xfe", r"prompts\.txt is not UTF-8 text; save it as such"),
+        (None, r"prompts\.txt cannot be read \(No such file"),
+    ],
+)
+def test_a_file_that_prompts_cannot_be_read_from_is_named(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "prompts.txt")

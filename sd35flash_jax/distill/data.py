@@ -26,25 +26,6 @@ from sd35flash_jax.sharding import row_sharding
 from sd35flash_jax.text import Conditioning
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines are skipped.
-
-    Raises:
-        ValueError: the file cannot be read, is not UTF-8, or has no prompt.
-    """
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise ValueError(
-            f"the prompt list {path} cannot be read ({error.strerror}); write a file of one prompt a line"
-        ) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"the prompt list {path} is not UTF-8 text; save it as such") from None
-    if not prompts:
-        raise ValueError(f"the prompt list {path} has no prompt; write one prompt a line")
-    return prompts
-
-
 def prompt_order(count: int, seed: int, update: int, rows: int) -> Int[np.ndarray, " rows"]:
     """Which of `count` prompts an update reads: the list in a new random order each epoch."""
     positions = range(update * rows, (update + 1) * rows)

@@ -52,7 +52,6 @@ from sd35flash_jax.distill.data import (
     Synthesis,
     kept_trajectories,
     prompt_order,
-    read_prompts,
     weights_digest,
 )
 from sd35flash_jax.distill.lora import Params, init_lora, merge_lora
@@ -71,7 +70,7 @@ from sd35flash_jax.distill.updates import (
 from sd35flash_jax.pipeline import FlashPipeline, check_size
 from sd35flash_jax.schedule import choose_sigmas, shifted_sigmas
 from sd35flash_jax.sharding import make_mesh, parameter_shardings, put, replicated, row_sharding
-from sd35flash_jax.text import Conditioning, clip_widths, token_counts, tokenize
+from sd35flash_jax.text import Conditioning, clip_widths, read_prompts, token_counts, tokenize
 
 LOSSES = (
     "trajectory",
@@ -122,7 +121,7 @@ class Trainer:
         compilation.configure()
         self.config = config
         self.folder = Path(config.training.output).expanduser().absolute()
-        self.prompts = read_prompts(Path(config.training.prompts).expanduser())
+        self.prompts = read_prompts(Path(config.training.prompts))
         self.mesh = make_mesh(config.sharding.fsdp)
         self.writes = jax.process_index() == 0
         self.progress = progress and self.writes

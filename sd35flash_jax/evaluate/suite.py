@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice, product
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -77,23 +76,6 @@ def suite(per_category: int = MOST_PROMPTS) -> list[Prompt]:
         raise ValueError(f"the suite has 1 to {MOST_PROMPTS} prompts of each category, not {per_category}")
     kinds = (_single_objects(), _two_objects(), _counts(), _backgrounds(), _positions())
     return [prompt for prompts in kinds for prompt in islice(prompts, per_category)]
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a text file, one a line.
-
-    Raises:
-        ValueError: the file holds none, or is no text in UTF-8.
-        OSError: it cannot be read.
-    """
-    try:
-        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}); write one prompt a line") from None
-    prompts = [Prompt("given", line) for line in lines if line]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one a line")
-    return prompts
 
 
 def _single_objects() -> Iterator[Prompt]:

@@ -17,7 +17,6 @@ from sd35flash_jax.distill.data import (
     Synthesis,
     kept_trajectories,
     prompt_order,
-    read_prompts,
     weights_digest,
 )
 from sd35flash_jax.distill.trajectory import teacher_sigmas
@@ -161,17 +160,6 @@ def test_trajectories_that_half_precision_cannot_hold_are_refused(tmp_path):
     huge = partial(np.full, (2, 3, 2), np.float16(np.inf))
     with pytest.raises(FloatingPointError, match="trajectories are not finite; check its weights"):
         kept_trajectories(tmp_path / "kept.npy", (2, 3, 2), 2, lambda numbers: huge())
-
-
-def test_a_prompt_list_skips_empty_lines_and_must_have_a_prompt(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a fox\n\n  two cats \n")
-    assert read_prompts(path) == ["a fox", "two cats"]
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="has no prompt; write one prompt a line"):
-        read_prompts(path)
-    with pytest.raises(ValueError, match=r"absent.txt cannot be read \(No such file"):
-        read_prompts(tmp_path / "absent.txt")
 
 
 @pytest.fixture

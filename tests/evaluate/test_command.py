@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from sd35flash_jax import checkpoint
+from sd35flash_jax import checkpoint, cli
 from sd35flash_jax.cli import main
 from sd35flash_jax.evaluate import run
 from sd35flash_jax.evaluate.fid import FidScorer
@@ -47,6 +47,13 @@ def test_evaluate_prints_the_table_of_a_checkpoint_and_of_those_it_is_compared_w
 def test_evaluate_takes_the_bundled_model_and_the_whole_suite_unless_told_otherwise(asked):
     assert main(["evaluate"]) == 0
     assert asked.samplers == [Sampler("bundled model, 4 steps")] and asked.prompts == suite() and asked.seeds == 3
+
+
+def test_evaluate_takes_prompts_from_a_file(asked, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_scorer", lambda *_: None)
+    (tmp_path / "prompts.txt").write_text("a red fox\n\nan old sailor\n")
+    assert main(["evaluate", "--scorer", "clip", "--clip", "x", "--prompt-file", str(tmp_path / "prompts.txt")]) == 0
+    assert asked.prompts == [Prompt("given", "a red fox"), Prompt("given", "an old sailor")]
 
 
 @pytest.mark.parametrize(

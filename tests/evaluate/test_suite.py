@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sd35flash_jax.evaluate.suite import CATEGORIES, MOST_PROMPTS, read_prompts, suite
+from sd35flash_jax.evaluate.suite import CATEGORIES, MOST_PROMPTS, suite
 from sd35flash_jax.world.captions import caption
 from sd35flash_jax.world.objects import THINGS
 from sd35flash_jax.world.scenes import (
@@ -106,24 +106,3 @@ def test_a_content_of_a_prompt_keeps_to_it_and_can_be_laid_out():
 def test_a_background_that_a_prompt_does_not_say_varies():
     prompt, rng = of("single object")[0], np.random.default_rng(0)
     assert len({prompt.content(rng).background for _ in range(20)}) > 5
-
-
-def test_prompts_are_read_from_a_file_one_a_line(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("a red fox\n\n  an old sailor \n")
-    assert [(prompt.category, prompt.text) for prompt in read_prompts(file)] == [
-        ("given", "a red fox"),
-        ("given", "an old sailor"),
-    ]
-
-
-def test_a_file_without_prompts_is_named(tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt"):
-        read_prompts(tmp_path / "prompts.txt")
-
-
-def test_a_file_that_is_not_text_is_named(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"prompts\.txt is not text in UTF-8"):
-        read_prompts(tmp_path / "prompts.txt")
