@@ -6,13 +6,15 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 BLOCKS = (".blocks.", ".dual_blocks.", ".last_block.", ".layers.")
+LARGEST_NORM = 1.0
+"""Of all gradients together; longer ones are scaled down to it."""
 
 
-def adam(clip: float = 1.0) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(clip), optax.scale_by_adam(b2=0.99), optax.scale(-1.0))
+def adam() -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(LARGEST_NORM), optax.scale_by_adam(b2=0.99), optax.scale(-1.0))
 
 
-def blockwise_muon(params: dict[str, Any], clip: float = 1.0) -> optax.GradientTransformation:
+def blockwise_muon(params: dict[str, Any]) -> optax.GradientTransformation:
     """Updates of Muon have the size of Adam's (`consistent_rms`), so that both share one learning rate."""
 
     def dimensions(path: str, array: Any) -> MuonDimensionNumbers | None:
@@ -28,4 +30,4 @@ def blockwise_muon(params: dict[str, Any], clip: float = 1.0) -> optax.GradientT
         muon_weight_dimension_numbers=numbers,
         consistent_rms=0.2,
     )
-    return optax.chain(optax.clip_by_global_norm(clip), rule)
+    return optax.chain(optax.clip_by_global_norm(LARGEST_NORM), rule)
