@@ -40,7 +40,7 @@ LEARNING_RATE = 1e-3
 
 def random_scenes(key: Array, batch: int) -> SceneArrays:
     """Any things anywhere, over one another: more to learn from in a picture than captions could describe."""
-    keys = jax.random.split(key, 9)
+    keys = jax.random.split(key, 10)
     palette = jnp.array(list(COLOURS.values()), jnp.float32) / 255
     shape = (batch, MOST_SPRITES)
     plain = palette[jax.random.randint(keys[1], (batch, 2), 0, len(palette))]
@@ -53,7 +53,7 @@ def random_scenes(key: Array, batch: int) -> SceneArrays:
         x=jax.random.uniform(keys[5], shape),
         y=jax.random.uniform(keys[6], shape),
         side=jnp.exp(jax.random.uniform(keys[7], shape, minval=jnp.log(0.13), maxval=jnp.log(0.6))),
-        mirrored=jax.random.bernoulli(keys[8], 0.5, shape),
+        mirrored=jax.random.bernoulli(keys[9], 0.5, shape),
     )
 
 
@@ -75,15 +75,15 @@ def reconstruction_loss(
     return absolute + edges + KL_WEIGHT * divergence, metrics
 
 
-def measure_latents(vae: Any, atlas: Array, size: int, batches: int = 8, batch: int = 32) -> tuple[float, float]:
+def measure_latents(vae: Any, atlas: Array, size: int) -> tuple[float, float]:
     """Shift (mean) and scale (one over the deviation) that make the raw latents unit noise's equals."""
 
     @jax.jit
     def raw(key: Array) -> Array:
-        pixels = compose(atlas, random_scenes(key, batch), size)
+        pixels = compose(atlas, random_scenes(key, 32), size)
         return vae.encode(pixels) / vae.config.scale + vae.config.shift
 
-    values = np.stack([np.asarray(raw(jax.random.key(1000 + i))) for i in range(batches)])
+    values = np.stack([np.asarray(raw(jax.random.key(1000 + i))) for i in range(8)])
     return float(values.mean()), float(1 / values.std())
 
 

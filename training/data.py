@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
@@ -14,28 +14,23 @@ from sd35flash_jax.config import ModelConfig
 from sd35flash_jax.text import token_counts
 from sd35flash_jax.world.captions import caption
 from sd35flash_jax.world.compose import SceneArrays, scene_arrays
-from sd35flash_jax.world.scenes import Content, draw_content, lay_out
+from sd35flash_jax.world.scenes import draw_content, lay_out
 
 CHUNK = 5000
 
 
-def make_scenes(
-    count: int, seed: int, captions: int, draw: Callable[[np.random.Generator], Content] = draw_content
-) -> tuple[SceneArrays, list[list[str]]]:
+def make_scenes(count: int, seed: int, captions: int) -> tuple[SceneArrays, list[list[str]]]:
     """`count` scenes and for each some captions; scene i is a function of the seed and i alone."""
     starts = range(0, count, CHUNK)
     sizes = [min(CHUNK, count - start) for start in starts]
-    make = partial(_make_chunk, seed, captions, draw)
-    chunks = _at_once(make, starts, sizes)
+    chunks = _at_once(partial(_make_chunk, seed, captions), starts, sizes)
     arrays = jax.tree.map(lambda *parts: np.concatenate(parts), *(scenes for scenes, _ in chunks))
     return arrays, [texts for _, chunk in chunks for texts in chunk]
 
 
-def _make_chunk(
-    seed: int, captions: int, draw: Callable[[np.random.Generator], Content], start: int, size: int
-) -> tuple[SceneArrays, list[list[str]]]:
+def _make_chunk(seed: int, captions: int, start: int, size: int) -> tuple[SceneArrays, list[list[str]]]:
     rng = np.random.default_rng([seed, start])
-    scenes = [lay_out(draw(rng), rng) for _ in range(size)]
+    scenes = [lay_out(draw_content(rng), rng) for _ in range(size)]
     return scene_arrays(scenes), [[caption(scene.content, rng) for _ in range(captions)] for scene in scenes]
 
 
