@@ -1,77 +1,25 @@
 """The command line: parses, calls, prints. Results go to standard output, progress and messages to standard error."""
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sd35flash_jax.command import run_command
 from sd35flash_jax.config import COMPONENTS, PRESETS
 
 if TYPE_CHECKING:
     from sd35flash_jax.evaluate.scoring import Scorer
 
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed with one sentence, 2 usage, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    _show_warnings_plainly()
-    try:
-        with _interruptible():
-            options.run(options)
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except MemoryError:
-        return _fail("out of memory: choose a smaller size, or dtype bfloat16")
-    except (ValueError, OSError, FloatingPointError) as error:
-        return _fail(str(error))
-    except RuntimeError as error:
-        # JAX's own kinds: an exhausted device, and a platform asked for in the environment that cannot be had.
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return _fail("the device is out of memory: choose a smaller size, or dtype bfloat16")
-        if "Unable to initialize backend" in str(error):
-            return _fail(str(error))
-        raise
-
-
-def _fail(message: str) -> int:
-    print(f"sd35flash-jax: {message}", file=sys.stderr)
-    return EXIT_FAILED
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM interrupts as SIGINT does, so that what is half written is taken back, and no interrupt is lost: Python
-    swallows an exception raised in a finalizer or a weak reference's callback, so that one is raised again."""
-
-    def interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
-        else:
-            reported(unraisable)
-
-    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    reported, sys.unraisablehook = sys.unraisablehook, interrupt_again
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, terminated)
-        sys.unraisablehook = reported
-
-
-def _show_warnings_plainly() -> None:
-    warnings.showwarning = lambda message, *_, **__: print(f"sd35flash-jax: {message}", file=sys.stderr)
+    return run_command(lambda: options.run(options), "sd35flash-jax")
 
 
 def _parser() -> argparse.ArgumentParser:

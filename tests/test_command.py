@@ -1,0 +1,51 @@
+import os
+import signal
+import sys
+import warnings
+
+import pytest
+
+from sd35flash_jax.command import run_command
+
+
+def raising(error):
+    def function():
+        raise error
+
+    return function
+
+
+def test_what_is_done_has_status_0_and_its_warnings_follow_the_programs_name(capsys):
+    assert run_command(lambda: warnings.warn("the sea is high", stacklevel=1), "ferry") == 0
+    assert capsys.readouterr().err == "ferry: the sea is high\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("no ticket; buy one"), "no ticket; buy one"),
+        (FileExistsError("runs already exists"), "runs already exists"),
+        (FloatingPointError("call 3 gave nan"), "call 3 gave nan"),
+        (MemoryError(), "out of memory: choose a smaller size or batch, or dtype bfloat16"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "the device is out of memory: choose a smaller size"),
+        (RuntimeError("Unable to initialize backend 'tpu'"), "Unable to initialize backend 'tpu'"),
+    ],
+)
+def test_what_its_user_can_mend_is_one_sentence_and_status_1(error, message, capsys):
+    assert run_command(raising(error), "ferry") == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"ferry: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault in the program"), TypeError("a fault")])
+def test_a_fault_in_the_program_is_raised(error):
+    with pytest.raises(type(error), match="a fault"):
+        run_command(raising(error), "ferry")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=lambda kind: kind.name)
+def test_a_signal_to_stop_interrupts_and_is_the_callers_again_afterwards(kind, capsys):
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    assert run_command(lambda: os.kill(os.getpid(), kind), "ferry") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
