@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 PIECE_BYTES = 15 * 2**20
@@ -34,9 +35,15 @@ def load_pieces(folder: Path) -> dict[str, np.ndarray]:
     """Read what `save_pieces` wrote.
 
     Raises:
-        ValueError: the folder holds nothing.
+        ValueError: the folder holds nothing, or a damaged file.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no safetensors files; run the stage of training that writes them first")
-    return {name: array for file in files for name, array in load_file(file).items()}
+    arrays: dict[str, np.ndarray] = {}
+    for file in files:
+        try:
+            arrays |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or damaged ({error}); run the stage that writes it again") from None
+    return arrays

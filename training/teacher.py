@@ -1,6 +1,6 @@
 """The teacher: text encoders and transformer trained together by flow matching (arXiv 2403.03206) on composed scenes.
 
-    python -m training.teacher AUTOENCODER OUTPUT --seconds 560 [--resume FOLDER]
+    python -m training.teacher AUTOENCODER OUTPUT --seconds 560 [--resume FOLDER --tokenizers FOLDER]
 
 AUTOENCODER is a checkpoint directory with an autoencoder, such as what `training.autoencoder` wrote. The scenes are
 encoded once and stay on the devices with their captions' token ids; the batch is divided over all devices. The result
@@ -10,6 +10,7 @@ another stretch can go on.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from sd35flash_jax.checkpoint import (
     save_checkpoint,
     with_parameters,
 )
+from sd35flash_jax.command import run_command
 from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
 from sd35flash_jax.distill.flow import add_noise
 from sd35flash_jax.distill.text_dropout import drop_text_encoders
@@ -152,25 +154,51 @@ def encode_scenes(vae: Any, scenes: SceneArrays, size: int, dtype: Any) -> Array
     return latents
 
 
+def check_options(options: argparse.Namespace, devices: int) -> None:
+    """Refuse what would fail when much has been done, or give nonsense.
+
+    Raises:
+        FileExistsError: the checkpoint, or the tokenizers that are to be trained, are there already.
+        ValueError: weights to go on from without their tokenizers, or scenes or a batch that do not fit the devices.
+    """
+    refuse_existing(options.output / options.name)
+    if options.tokenizers is None:
+        if options.resume:
+            raise ValueError("--resume needs the --tokenizers of its weights, which know no others' ids")
+        refuse_existing(options.output / "tokenizers")
+    if options.batch < 1 or options.batch % devices:
+        raise ValueError(
+            f"--batch must be a positive multiple of the number of devices, {devices}, not {options.batch}"
+        )
+    if options.scenes < ENCODED_AT_ONCE * devices:
+        raise ValueError(
+            f"--scenes must be {ENCODED_AT_ONCE * devices} or more, {ENCODED_AT_ONCE} a device, not {options.scenes}"
+        )
+
+
 def main(options: argparse.Namespace) -> None:
     until = time.monotonic() + options.seconds
-    refuse_existing(options.output / options.name)
-    options.output.mkdir(parents=True, exist_ok=True)
+    devices = jax.devices()
+    check_options(options, len(devices))
     dtype = jnp.dtype(options.dtype)
     loaded = load_checkpoint(options.autoencoder, ("vae",), options.dtype)
     config = replace(FLASH_MINI, vae=loaded.config.vae)
-    scenes, captions = make_scenes(options.scenes, options.seed, CAPTIONS)
+    structures = {name: table_in_place(abstract_component(name, config), config, name, dtype) for name in TRAINED}
+    params = initial_parameters(config)
+    if options.resume:
+        resumed = load_pieces(options.resume)
+        if {path: array.shape for path, array in resumed.items()} != {path: a.shape for path, a in params.items()}:
+            raise ValueError(f"{options.resume} holds the weights of another model; give those of a teacher's stretch")
+        params = {path: jnp.asarray(array, jnp.float32) for path, array in resumed.items()}
     folders = (
         write_tokenizers(options.output / "tokenizers")
         if options.tokenizers is None
         else {name: options.tokenizers / name for name in TEXT_ENCODERS}
     )
-    (options.output / "prompts.txt").write_text("".join(f"{texts[0]}\n" for texts in captions[:PROMPTS]), "utf-8")
     tokenizers = {name: load_tokenizer(name, folder) for name, folder in folders.items()}
-    structures = {name: table_in_place(abstract_component(name, config), config, name, dtype) for name in TRAINED}
-    params = initial_parameters(config)
-    if options.resume:
-        params = {path: jnp.asarray(array, jnp.float32) for path, array in load_pieces(options.resume).items()}
+    scenes, captions = make_scenes(options.scenes, options.seed, CAPTIONS)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "prompts.txt").write_text("".join(f"{texts[0]}\n" for texts in captions[:PROMPTS]), "utf-8")
     optimizer = blockwise_muon(params) if options.optimizer == "muon" else adam()
     state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros(()))
 
@@ -194,7 +222,6 @@ def main(options: argparse.Namespace) -> None:
         state, metrics = jax.lax.scan(one, state, jax.random.split(key, options.per_call))
         return state, jax.tree.map(jnp.mean, metrics)
 
-    devices = jax.devices()
     mesh = jax.make_mesh((len(devices),), ("data",))
     everywhere, divided = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     kept = options.scenes - options.scenes % (ENCODED_AT_ONCE * len(devices))
@@ -286,8 +313,8 @@ if __name__ == "__main__":
     parser.add_argument("autoencoder", type=Path, help="checkpoint directory with an autoencoder")
     parser.add_argument("output", type=Path)
     parser.add_argument("--name", default="teacher")
-    parser.add_argument("--resume", type=Path, help="go on from a folder of weights in pieces")
-    parser.add_argument("--tokenizers", type=Path, help="of the stretch before")
+    parser.add_argument("--resume", type=Path, help="go on from a folder of weights in pieces; needs --tokenizers")
+    parser.add_argument("--tokenizers", type=Path, help="folder of those that an earlier stretch trained")
     parser.add_argument("--seconds", type=float, default=560.0, help="of the whole stretch")
     parser.add_argument("--scenes", type=int, default=240_000)
     parser.add_argument("--batch", type=int, default=384)
@@ -297,4 +324,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the arithmetic")
-    main(parser.parse_args())
+    options = parser.parse_args()
+    sys.exit(run_command(lambda: main(options), "training.teacher"))

@@ -63,3 +63,11 @@ def test_earlier_pieces_are_replaced(tmp_path):
 def test_a_folder_without_pieces_is_said_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"holds no safetensors files; run the stage of training that writes them"):
         load_pieces(tmp_path)
+
+
+def test_a_truncated_piece_is_named(tmp_path):
+    save_pieces(tmp_path, {"kernel": np.ones(3, np.float32)})
+    (piece,) = tmp_path.iterdir()
+    piece.write_bytes(piece.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"000\.safetensors is truncated or damaged .*; run the stage that writes it"):
+        load_pieces(tmp_path)

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sd35flash_jax.checkpoint import abstract_component, load_checkpoint, parameters
+from sd35flash_jax.checkpoint import Checkpoint, abstract_component, load_checkpoint, parameters
 from sd35flash_jax.config import TEXT_ENCODERS
 from tests.tiny_model import random_parameters
 from tests.training.tiny import SIZE, TINY
 from training import autoencoder, teacher
 from training.model import TEXT_TOKENS
+from training.pieces import save_pieces
 from training.teacher import Data, flow_matching_loss, initial_parameters, table_in_place, write_checkpoint
 
 BATCH = 32
@@ -121,3 +122,42 @@ def test_a_result_that_is_there_already_is_refused_before_anything_is_trained(tm
         teacher.main(Namespace(output=tmp_path, name="teacher", seconds=1.0))
     with pytest.raises(FileExistsError, match="autoencoder already exists"):
         autoencoder.main(tmp_path, 1.0, 1, 1, SIZE, "float32")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"resume": "weights"}, "--resume needs the --tokenizers of its weights"),
+        ({"batch": 6}, "--batch must be a positive multiple of the number of devices, 4, not 6"),
+        ({"batch": 0}, "--batch must be a positive multiple of the number of devices, 4, not 0"),
+        ({"scenes": 399}, "--scenes must be 400 or more, 100 a device, not 399"),
+    ],
+)
+def test_options_that_do_not_fit_one_another_or_the_devices_are_refused(given, message, tmp_path):
+    fit = {"output": tmp_path, "name": "teacher", "resume": None, "tokenizers": None, "batch": 8, "scenes": 400}
+    teacher.check_options(Namespace(**fit), devices=4)
+    with pytest.raises(ValueError, match=message):
+        teacher.check_options(Namespace(**(fit | given)), devices=4)
+
+
+def test_tokenizers_of_an_earlier_run_are_not_written_over(tmp_path):
+    (tmp_path / "tokenizers").mkdir()
+    options = Namespace(output=tmp_path, name="teacher", resume=None, tokenizers=None, batch=8, scenes=400)
+    with pytest.raises(FileExistsError, match="tokenizers already exists"):
+        teacher.check_options(options, devices=1)
+
+
+def test_weights_of_another_model_are_not_gone_on_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "load_checkpoint", lambda *_: Checkpoint(TINY, {}, {}))
+    monkeypatch.setattr(teacher, "initial_parameters", lambda _: {"kernel": jnp.zeros(3)})
+    save_pieces(tmp_path / "weights", {"kernel": np.zeros(4)})
+    given = {
+        "resume": tmp_path / "weights",
+        "tokenizers": tmp_path,
+        "autoencoder": tmp_path,
+        "output": tmp_path / "new",
+    }
+    options = Namespace(**given, name="teacher", seconds=1, batch=8, scenes=800, dtype="float32")
+    with pytest.raises(ValueError, match="weights holds the weights of another model"):
+        teacher.main(options)
+    assert not (tmp_path / "new").exists()
