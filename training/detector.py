@@ -5,6 +5,7 @@ python -m training.detector AUTOENCODER OUTPUT --seconds 100
 
 import argparse
 import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from flax import nnx
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
-from sd35flash_jax.checkpoint import load_checkpoint, parameters, with_parameters
+from sd35flash_jax.checkpoint import load_checkpoint, parameters, refuse_existing, with_parameters, written_whole
+from sd35flash_jax.command import run_command
 from sd35flash_jax.evaluate.detector import GRID, SIDE, Detector, Sight
 from sd35flash_jax.world.compose import SceneArrays, compose, sprites
 from sd35flash_jax.world.scenes import BACKGROUNDS, COLOURS, PLACES
@@ -71,12 +73,14 @@ def detection_loss(sight: Sight, scenes: Any, backgrounds: Array) -> tuple[Array
 
 def main(options: argparse.Namespace) -> None:
     until = time.monotonic() + options.seconds
+    destination = options.output / "detector.safetensors"
+    refuse_existing(destination)
+    vae: Any = load_checkpoint(options.autoencoder, ("vae",), options.dtype).components["vae"]
     dtype = jnp.dtype(options.dtype)
     scenes, _ = make_scenes(options.scenes, 50, 0)
     data = jax.device_put((scenes, background_labels(scenes)))
     structure = nnx.eval_shape(lambda: Detector(rngs=nnx.Rngs(0)))
     params = parameters(Detector(rngs=nnx.Rngs(0)))
-    vae: Any = load_checkpoint(options.autoencoder, ("vae",), options.dtype).components["vae"]
     atlas = jax.device_put(sprites())
     optimizer = adam()
 
@@ -111,7 +115,8 @@ def main(options: argparse.Namespace) -> None:
     log = options.output / "detector.csv"
     (_, average, _), calls = train(run, state, until, LEARNING_RATE, 1, log)
     rounded = {path: np.asarray(array, jnp.bfloat16) for path, array in average.items()}
-    save_file(rounded, options.output / "detector.safetensors")
+    with written_whole(destination) as partial_path:
+        save_file(rounded, partial_path)
     summary = {"updates": calls * options.per_call, "batch": options.batch, "seconds": options.seconds}
     (options.output / "detector.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary), log.read_text().splitlines()[-1])
@@ -126,4 +131,5 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--per-call", type=int, default=20)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the arithmetic")
-    main(parser.parse_args())
+    options = parser.parse_args()
+    sys.exit(run_command(lambda: main(options), "training.detector"))

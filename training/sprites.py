@@ -6,10 +6,12 @@ python -m training.sprites PICTURES_PACKAGE NAMES_PACKAGE
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from PIL import Image
 
+from sd35flash_jax.command import run_command
 from sd35flash_jax.world.compose import ATLAS, COLUMNS, SPRITE_SIDE
 from sd35flash_jax.world.objects import THINGS
 
@@ -18,9 +20,12 @@ def sprite_files(pictures: Path, names: Path) -> list[Path]:
     """The picture of each thing, in order.
 
     Raises:
-        ValueError: a thing has no picture.
+        ValueError: the names are missing, or a thing has no picture.
     """
-    described = json.loads((names / "data-by-emoji.json").read_text(encoding="utf-8"))
+    file = names / "data-by-emoji.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; unpack unicode-emoji-json and give its folder")
+    described = json.loads(file.read_text(encoding="utf-8"))
     emoji = {entry["name"]: text for text, entry in described.items()}
     files = []
     for thing in THINGS:
@@ -28,7 +33,9 @@ def sprite_files(pictures: Path, names: Path) -> list[Path]:
         candidates = [pictures / "assets" / f"{form}.webp" for form in (code, code.replace("-fe0f", ""))]
         found = next((path for path in candidates if path.is_file()), None)
         if found is None:
-            raise ValueError(f"{pictures} has no picture of {thing.sprite}")
+            raise ValueError(
+                f"{pictures} has no picture of {thing.sprite}; unpack @lobehub/fluent-emoji-3d and give its folder"
+            )
         files.append(found)
     return files
 
@@ -43,10 +50,14 @@ def build_atlas(files: list[Path]) -> Image.Image:
     return atlas
 
 
+def main(pictures: Path, names: Path) -> None:
+    build_atlas(sprite_files(pictures, names)).save(ATLAS, quality=90, method=6)
+    print(ATLAS)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the atlas of sprites.")
     parser.add_argument("pictures", type=Path, help="unpacked @lobehub/fluent-emoji-3d")
     parser.add_argument("names", type=Path, help="unpacked unicode-emoji-json")
     options = parser.parse_args()
-    build_atlas(sprite_files(options.pictures, options.names)).save(ATLAS, quality=90, method=6)
-    print(ATLAS)
+    sys.exit(run_command(lambda: main(options.pictures, options.names), "training.sprites"))
