@@ -7,9 +7,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from sd35flash_jax.command import run_command
+from sd35flash_jax.command import leave, run_command
 from sd35flash_jax.config import COMPONENTS, PRESETS
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed with one sentence, 2 usage, 130 interrupted."""
     options = _parser().parse_args(arguments)
     return run_command(lambda: options.run(options), "sd35flash-jax")
+
+
+def program() -> NoReturn:
+    """What is installed as `sd35flash-jax`."""
+    leave(main())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -395,4 +400,4 @@ def _join_processes() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -39,6 +40,15 @@ def run_command(function: Callable[[], object], program: str) -> int:
             raise
     print(f"{program}: {failure}", file=sys.stderr)
     return EXIT_FAILED
+
+
+def leave(status: int) -> NoReturn:
+    """End the process; after an interrupt at once, because a thread of XLA's that still compiles would crash in the
+    interpreter's teardown."""
+    if status == EXIT_INTERRUPTED:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import sys
 import warnings
 
@@ -49,3 +50,27 @@ def test_a_signal_to_stop_interrupts_and_is_the_callers_again_afterwards(kind, c
     assert run_command(lambda: os.kill(os.getpid(), kind), "ferry") == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+
+
+COMPILING = """
+import os, signal, threading
+import jax
+from sd35flash_jax.command import leave, run_command
+
+def layers(x):
+    for _ in range(1500):
+        x = jax.numpy.sin(x @ x)
+    return x
+
+def compile_for_long():
+    lowered = jax.jit(layers).lower(jax.numpy.ones((8, 8)))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    lowered.compile()
+
+leave(run_command(compile_for_long, "ferry"))
+"""
+
+
+def test_an_interrupt_while_something_compiles_ends_the_process_with_its_own_status():
+    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -5,7 +5,6 @@ python -m training.autoencoder OUTPUT --seconds 250
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from sd35flash_jax.checkpoint import (
     save_checkpoint,
     with_parameters,
 )
-from sd35flash_jax.command import run_command
+from sd35flash_jax.command import leave, run_command
 from sd35flash_jax.config import ModelConfig
 from sd35flash_jax.world.compose import SceneArrays, compose, sprites
 from sd35flash_jax.world.objects import THINGS
@@ -143,4 +142,4 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the arithmetic")
     options = parser.parse_args()
-    sys.exit(run_command(lambda: main(**vars(options)), "training.autoencoder"))
+    leave(run_command(lambda: main(**vars(options)), "training.autoencoder"))

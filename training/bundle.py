@@ -6,7 +6,6 @@ Prints how far its pictures are from those of the weights as they were.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from sd35flash_jax import FlashPipeline, load_checkpoint, save_checkpoint
 from sd35flash_jax.checkpoint import BUNDLED, read_config
-from sd35flash_jax.command import run_command
+from sd35flash_jax.command import leave, run_command
 from sd35flash_jax.evaluate.suite import suite
 from training.model import SOURCE
 
@@ -73,4 +72,4 @@ if __name__ == "__main__":
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("destination", type=Path, nargs="?", default=BUNDLED, help="the package's own, unless given")
     options = parser.parse_args()
-    sys.exit(run_command(lambda: main(options.checkpoint, options.destination), "training.bundle"))
+    leave(run_command(lambda: main(options.checkpoint, options.destination), "training.bundle"))

@@ -5,7 +5,6 @@ python -m training.detector AUTOENCODER OUTPUT --seconds 100
 
 import argparse
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxtyping import Array
 from safetensors.numpy import save_file
 
 from sd35flash_jax.checkpoint import load_checkpoint, parameters, refuse_existing, with_parameters, written_whole
-from sd35flash_jax.command import run_command
+from sd35flash_jax.command import leave, run_command
 from sd35flash_jax.evaluate.detector import GRID, SIDE, Detector, Sight
 from sd35flash_jax.world.compose import SceneArrays, compose, sprites
 from sd35flash_jax.world.scenes import BACKGROUNDS, COLOURS, PLACES
@@ -132,4 +131,4 @@ if __name__ == "__main__":
     parser.add_argument("--per-call", type=int, default=20)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the arithmetic")
     options = parser.parse_args()
-    sys.exit(run_command(lambda: main(options), "training.detector"))
+    leave(run_command(lambda: main(options), "training.detector"))

@@ -6,12 +6,11 @@ python -m training.sprites PICTURES_PACKAGE NAMES_PACKAGE
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from PIL import Image
 
-from sd35flash_jax.command import run_command
+from sd35flash_jax.command import leave, run_command
 from sd35flash_jax.world.compose import ATLAS, COLUMNS, SPRITE_SIDE
 from sd35flash_jax.world.objects import THINGS
 
@@ -60,4 +59,4 @@ if __name__ == "__main__":
     parser.add_argument("pictures", type=Path, help="unpacked @lobehub/fluent-emoji-3d")
     parser.add_argument("names", type=Path, help="unpacked unicode-emoji-json")
     options = parser.parse_args()
-    sys.exit(run_command(lambda: main(options.pictures, options.names), "training.sprites"))
+    leave(run_command(lambda: main(options.pictures, options.names), "training.sprites"))

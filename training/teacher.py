@@ -10,7 +10,6 @@ another stretch can go on.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ from sd35flash_jax.checkpoint import (
     save_checkpoint,
     with_parameters,
 )
-from sd35flash_jax.command import run_command
+from sd35flash_jax.command import leave, run_command
 from sd35flash_jax.config import TEXT_ENCODERS, ModelConfig
 from sd35flash_jax.distill.flow import add_noise
 from sd35flash_jax.distill.text_dropout import drop_text_encoders
@@ -325,4 +324,4 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the arithmetic")
     options = parser.parse_args()
-    sys.exit(run_command(lambda: main(options), "training.teacher"))
+    leave(run_command(lambda: main(options), "training.teacher"))

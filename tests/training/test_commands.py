@@ -14,6 +14,7 @@ from sd35flash_jax import checkpoint
 def command(monkeypatch, tmp_path, capsys):
     """Runs `python -m training.STAGE` in an empty folder; returns its status and what it says on standard error."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "_exit", sys.exit)
 
     def run(stage, *arguments):
         monkeypatch.setattr(sys, "argv", [stage, *arguments])
