@@ -58,7 +58,7 @@ def _interruptible() -> Iterator[None]:
 
     def interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
         else:
             reported(unraisable)
 

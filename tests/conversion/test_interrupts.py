@@ -58,6 +58,8 @@ SWALLOWED = """
 import os, signal, sys, time
 from sd35flash_jax import cli
 
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a job that a shell started in the background
+
 class Finalized:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
