@@ -4,8 +4,7 @@
 
 AUTOENCODER is a checkpoint directory with an autoencoder, such as what `training.autoencoder` wrote. The scenes are
 encoded once and stay on the devices with their captions' token ids; the batch is divided over all devices. The result
-is a checkpoint directory, OUTPUT/teacher, the prompts for its distillation, and its weights in pieces, from which
-another stretch can go on.
+is a checkpoint directory, OUTPUT/teacher, and its weights in pieces, from which another stretch can go on.
 """
 
 import argparse
@@ -54,7 +53,6 @@ from training.pieces import load_pieces, save_pieces
 from training.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
 CAPTIONS = 2
-PROMPTS = 40_000
 ENCODED_AT_ONCE = 100
 NO_CAPTION = 0.1
 NO_ENCODER = 0.1
@@ -197,7 +195,6 @@ def main(options: argparse.Namespace) -> None:
     tokenizers = {name: load_tokenizer(name, folder) for name, folder in folders.items()}
     scenes, captions = make_scenes(options.scenes, options.seed, CAPTIONS)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "prompts.txt").write_text("".join(f"{texts[0]}\n" for texts in captions[:PROMPTS]), "utf-8")
     optimizer = blockwise_muon(params) if options.optimizer == "muon" else adam()
     state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros(()))
 

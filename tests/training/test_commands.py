@@ -8,6 +8,10 @@ import sys
 import pytest
 
 from sd35flash_jax import checkpoint
+from sd35flash_jax.text import read_prompts
+from sd35flash_jax.world.objects import THINGS
+
+WORDS = [word for thing in THINGS for words in (thing.words, thing.plurals) for word in words]
 
 
 @pytest.fixture
@@ -38,6 +42,8 @@ def command(monkeypatch, tmp_path, capsys):
         ("teacher", ["absent", "new", "--batch", "0"], "--batch must be a positive multiple of the number of devices"),
         ("teacher", ["absent", "new", "--scenes", "99"], "00 or more, 100 a device, not 99"),
         ("bundle", ["absent", "new"], "absent is not a checkpoint"),
+        ("prompts", ["teacher"], "teacher already exists; remove it or choose another destination"),
+        ("prompts", ["new/prompts.txt", "--count", "0"], "--count must be positive, not 0"),
         ("sprites", ["absent", "absent"], "absent/data-by-emoji.json is missing; unpack unicode-emoji-json"),
     ],
 )
@@ -62,6 +68,13 @@ def test_an_interrupt_is_said(stage, command, monkeypatch):
     assert command(stage, "runs/checkpoint", "new") == (130, "interrupted\n")
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "bundle", "detector", "sprites", "teacher"])
+@pytest.mark.parametrize("stage", ["autoencoder", "bundle", "detector", "prompts", "sprites", "teacher"])
 def test_wrong_usage_exits_with_2(stage, command):
     assert command(stage)[0] == 2
+
+
+def test_the_prompts_are_captions_of_their_own_one_a_line(command, tmp_path):
+    assert command("prompts", "runs/prompts.txt", "--count", "30") == (0, "")
+    prompts = read_prompts(tmp_path / "runs" / "prompts.txt")
+    assert len(prompts) == 30 and len(set(prompts)) > 25
+    assert [prompt for prompt in prompts if not any(word.lower() in prompt.lower() for word in WORDS)] == []
