@@ -65,6 +65,7 @@ from sd35flash_jax.distill.updates import (
     Optimizers,
     State,
     TrajectoryUpdate,
+    apply,
     begin,
 )
 from sd35flash_jax.pipeline import FlashPipeline, check_size
@@ -161,11 +162,11 @@ class Trainer:
     def _run_stages(self) -> None:
         total = sum(stage.updates for stage in self.stages)
         shardings = (parameter_shardings(self.mesh, self.state), replicated(self.mesh))
+        update = jax.jit(apply, donate_argnames="state", out_shardings=shardings)
         with tqdm(total=total, initial=self.position, desc="distilling", disable=not self.progress) as bar:
             while self.stage < len(self.stages):
                 stage = self.stages[self.stage]
                 bar.set_description(stage.name)
-                update = jax.jit(stage.update, donate_argnums=0, out_shardings=shardings)
                 while self.done < stage.updates:
                     self._update_once(stage, update, bar)
                 self._report(bar)
@@ -179,7 +180,7 @@ class Trainer:
     def _update_once(self, stage: Stage, update: Any, bar: tqdm) -> None:
         batch_key, update_key = _update_keys(self.key, self.position)
         batch = self._batch(stage, batch_key)
-        self.state, metrics = update(self.state, self.teacher, batch, update_key)
+        self.state, metrics = update(stage.update, self.state, self.teacher, batch, update_key)
         self.done += 1
         self.unread.append((stage.name, self.done, self.position, metrics))
         self._report(bar, UNREAD)

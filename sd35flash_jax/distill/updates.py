@@ -1,4 +1,4 @@
-"""One update of each stage, as a function that is compiled once: the state of the training in, the next one out.
+"""One update of each stage, as a function of the state of the training that gives the next one.
 
 Gradients are accumulated over the leading axis of a batch, its micro-batches; noise comes from the key alone.
 """
@@ -136,6 +136,7 @@ def accumulated_gradients(loss: Loss, params: PyTree, batch: PyTree, key: Array)
 # Stage (a)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["ema"], meta_fields=["networks", "optimizers", "sigmas"])
 @dataclass(frozen=True)
 class TrajectoryUpdate:
     """One update of stage (a): each row of the batch learns one step of its trajectory, drawn at random."""
@@ -164,12 +165,18 @@ class TrajectoryUpdate:
 # Stages (b) and (c)
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["steps", "ema"],
+    meta_fields=["networks", "optimizers", "sigmas", "config"],
+)
 @dataclass(frozen=True)
 class MatchingUpdate:
     """One update of stage (b), or of one branch of stage (c): several of the proxy and the heads, then one of the
     student (two time scales, DMD2).
 
-    `steps` are the student's steps that are trained, `[first, stop)`; each micro-batch draws one of them.
+    `steps` are the student's steps that are trained, `[first, stop)`; each micro-batch draws one of them. They and the
+    average's decay `ema` are data, so that one program serves the stage and both branches.
     """
 
     networks: Networks
@@ -292,3 +299,11 @@ class MatchingUpdate:
         chosen = draw_reinitialised(draw_key, count, self.config.reinitialise)
         fresh = begin(init_heads(init_key, count, feature_size, hidden_size), self.optimizers.heads)
         return replace(state, heads=replace_heads(chosen, fresh, heads))
+
+
+def apply(
+    update: TrajectoryUpdate | MatchingUpdate, state: State, teacher: PyTree, batch: Batch, key: Array
+) -> tuple[State, Metrics]:
+    """`update(state, teacher, batch, key)`, to be compiled: with the update as an argument, what of it is data does
+    not compile anew."""
+    return update(state, teacher, batch, key)

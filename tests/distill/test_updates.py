@@ -20,6 +20,7 @@ from sd35flash_jax.distill.updates import (
     State,
     TrajectoryUpdate,
     accumulated_gradients,
+    apply,
     begin,
     full_networks,
 )
@@ -207,6 +208,15 @@ def test_a_branch_trains_its_own_steps_alone():
     after, _ = jax.jit(update, compiler_options=QUICK)(state, (MEAN, FACTOR), batch, jax.random.key(0))
     moved = np.abs(after.student.params["offset"] - params["offset"]).max(axis=1) > 0
     assert moved.tolist() == [False, False, True, True]
+
+
+def test_one_program_serves_stage_b_and_both_branches_of_stage_c():
+    compiled = jax.jit(apply, compiler_options=QUICK)
+    whole = matching_update(4)
+    for steps, ema in ((whole.steps, whole.ema), ((0, 2), 0.99), ((2, 4), 0.99)):
+        update = replace(whole, steps=steps, ema=ema)
+        compiled(update, mlp_state(), TEACHER, mlp_batch(), jax.random.key(0))
+    assert compiled._cache_size() == 1
 
 
 def test_the_average_follows_the_student():
