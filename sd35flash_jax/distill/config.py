@@ -92,7 +92,8 @@ class TrainingConfig:
     """What all stages share. `batch` rows an update, in `micro_batches` parts; sizes are in pixels; a prompt's text
     encoders are each left out with `text_dropout`, and T5 reads the teacher's own number of tokens unless given one;
     gradients are clipped to the norm `clip`; `rematerialise` computes each block's activations again on the way back.
-    Checkpoints, sample grids (of `sample_prompts`) and the last `keep` checkpoints count in updates."""
+    Checkpoints, sample grids (of `sample_prompts`) and the last `keep` checkpoints count in updates. `keep_stages` also
+    writes the students that stages (a) and (b) end with."""
 
     prompts: str
     output: str
@@ -109,6 +110,7 @@ class TrainingConfig:
     clip: Positive = 1.0
     checkpoint_every: Size = 100
     keep: Size = 2
+    keep_stages: bool = False
     sample_every: Count = 0
     sample_prompts: tuple[str, ...] = ()
 

@@ -7,6 +7,7 @@ A run's folder holds
     losses.csv      one row an update
     samples/        grids of the configured prompts
     student/        the result: a checkpoint directory as any other, with the student's own sigmas
+    stages/         the students of stages (a) and (b), if they are kept (training.keep_stages)
 
 Everything random is a function of the seed and the number of the update, and so is the order of the prompts: a run that
 was killed goes on from its last checkpoint bit for bit as if it had not been.
@@ -225,6 +226,8 @@ class Trainer:
             return replace(state, student=learner, ema=jax.tree.map(jnp.copy, student))
 
         self.state = self._in_parts(go_on, self.state, student)
+        if self.config.training.keep_stages and stage.name in ("trajectory", "matching"):
+            self.save_student(self.folder / "stages" / stage.name)
         self.save()
 
     def _in_parts(self, make: Callable[..., Any], *arguments: Any) -> Any:
@@ -457,7 +460,8 @@ class Trainer:
         others = tuple(sigmas for sigmas in self.described.schedule.sigmas if len(sigmas) != len(own))
         schedule = ScheduleConfig(self.described.schedule.shift, (*others, own))
         components = self.loaded.components | {"transformer": self.transformer()}
-        if self.writes:
+        # A run that was killed right after it kept a stage's student comes here again with the same one.
+        if self.writes and not destination.exists():
             save_checkpoint(
                 destination,
                 replace(self.described, schedule=schedule),

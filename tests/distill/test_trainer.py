@@ -80,8 +80,8 @@ def read_losses(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def student_arrays(folder: Path) -> dict[str, np.ndarray]:
-    loaded = load_checkpoint(folder / "run" / "student", ["transformer"], "float32")
+def student_arrays(folder: Path, name: str = "run/student") -> dict[str, np.ndarray]:
+    loaded = load_checkpoint(folder / name, ["transformer"], "float32")
     return {path: np.asarray(array) for path, array in parameters(loaded.components["transformer"]).items()}
 
 
@@ -123,9 +123,19 @@ def teacher_checkpoint(tmp_path_factory) -> Path:
 def finished(teacher_checkpoint, tmp_path_factory) -> Path:
     """A run of all stages, never interrupted, with a grid of samples at its end. Read it only."""
     folder = tmp_path_factory.mktemp("finished")
-    options = {"sample_every": sum(UPDATES.values()), "sample_prompts": ["a red fox", "two cats"]}
+    options = {"sample_every": sum(UPDATES.values()), "sample_prompts": ["a red fox", "two cats"], "keep_stages": True}
     distill(read_distill_config(write_config(folder, teacher_checkpoint, **options)))
     return folder
+
+
+@pytest.mark.slow
+def test_the_students_that_stages_a_and_b_end_with_are_kept_where_that_is_asked_for(finished):
+    stages = finished / "run" / "stages"
+    assert {path.name for path in stages.iterdir()} == {"trajectory", "matching"}
+    students = [student_arrays(finished, f"run/{name}") for name in ("stages/trajectory", "stages/matching", "student")]
+    for one, other in zip(students, students[1:]):
+        assert any((one[path] != other[path]).any() for path in one)
+    assert read_config(stages / "matching") == read_config(finished / "run" / "student")
 
 
 @pytest.mark.slow

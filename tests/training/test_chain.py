@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from sd35flash_jax import FlashPipeline
 from sd35flash_jax.checkpoint import load_checkpoint, parameters, read_config, read_origin
 from sd35flash_jax.cli import main
 from sd35flash_jax.distill.config import read_distill_config
+from sd35flash_jax.distill.trainer import check_teacher
 from sd35flash_jax.evaluate.detector import load_detector
 from tests.training.tiny import SIZE, TINY
 from training.bundle import bundle
@@ -25,12 +27,16 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "training" / "distill_flash.toml"
 
 
-def test_the_recipe_distils_at_the_models_own_size():
+def test_the_recipe_distils_the_kept_teacher_at_its_own_size(monkeypatch):
     config = read_distill_config(RECIPE)
     assert (config.training.height, config.training.width) == (OWN_SIZE, OWN_SIZE) == (FLASH_MINI.default_size,) * 2
     shift = FLASH_MINI.schedule.shift
     even = np.array([1, 0.75, 0.5, 0.25])
     np.testing.assert_allclose(config.student.sigmas, shift * even / (1 + (shift - 1) * even), atol=5e-4)
+    monkeypatch.chdir(ROOT)
+    described = read_config(config.teacher.checkpoint)
+    check_teacher(config, described)
+    assert replace(described, vae=None) == replace(FLASH_MINI, vae=None)
 
 
 @pytest.fixture(scope="module")
