@@ -34,6 +34,12 @@ def _make_chunk(seed: int, captions: int, start: int, size: int) -> tuple[SceneA
     return scene_arrays(scenes), [[caption(scene.content, rng) for _ in range(captions)] for scene in scenes]
 
 
+def draw_captions(count: int, seed: int) -> list[str]:
+    """Captions of contents that are not laid out."""
+    rng = np.random.default_rng(seed)
+    return [caption(draw_content(rng), rng) for _ in range(count)]
+
+
 def token_ids(tokenizers: Mapping[str, Any], prompts: Sequence[str], config: ModelConfig) -> dict[str, np.ndarray]:
     """Ids of each encoder, `(prompts, tokens)` int32."""
     assert config.t5 is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sd35flash_jax.checkpoint import written_whole
 from sd35flash_jax.command import leave, run_command
-from training.data import make_scenes
+from training.data import draw_captions
 
 SEED = 0
 
@@ -17,8 +17,7 @@ def main(path: Path, count: int) -> None:
     if count < 1:
         raise ValueError(f"--count must be positive, not {count}")
     with written_whole(path) as partial_path:
-        _, captions = make_scenes(count, SEED, 1)
-        partial_path.write_text("".join(f"{text}\n" for (text,) in captions), "utf-8")
+        partial_path.write_text("".join(f"{text}\n" for text in draw_captions(count, SEED)), "utf-8")
     print(path)
 
 

@@ -42,11 +42,9 @@ from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.models.layers import unstacked
 from sd35flash_jax.models.mmdit import sincos_table
 from sd35flash_jax.text import clip_widths, encode_tokens, load_tokenizer, token_counts
-from sd35flash_jax.world.captions import caption
 from sd35flash_jax.world.compose import SceneArrays, compose, sprites
-from sd35flash_jax.world.scenes import draw_content
 from training.clock import train
-from training.data import make_scenes, token_ids
+from training.data import draw_captions, make_scenes, token_ids
 from training.model import CLIP_VOCABULARY, FLASH_MINI, SIZE, SOURCE, T5_VOCABULARY, TEXT_TOKENS
 from training.optimizer import adam, blockwise_muon
 from training.pieces import load_pieces, save_pieces
@@ -72,8 +70,7 @@ class Data:
 
 def write_tokenizers(folder: Path) -> dict[str, Path]:
     """The three tokenizers, trained on captions of their own, and where each lies."""
-    rng = np.random.default_rng(5)
-    lines = [caption(draw_content(rng), rng) for _ in range(40_000)]
+    lines = draw_captions(40_000, 5)
     write_clip_tokenizer(folder / "clip_l", lines, CLIP_VOCABULARY, TEXT_TOKENS, padding="<|endoftext|>")
     write_clip_tokenizer(folder / "clip_g", lines, CLIP_VOCABULARY, TEXT_TOKENS, padding="!")
     write_t5_tokenizer(folder / "t5", lines, T5_VOCABULARY)

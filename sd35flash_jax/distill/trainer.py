@@ -16,6 +16,7 @@ was killed goes on from its last checkpoint bit for bit as if it had not been.
 import csv
 import hashlib
 import math
+import operator
 import shutil
 from collections import deque
 from collections.abc import Callable
@@ -66,7 +67,6 @@ from sd35flash_jax.distill.updates import (
     Optimizers,
     State,
     TrajectoryUpdate,
-    apply,
     begin,
 )
 from sd35flash_jax.pipeline import FlashPipeline, check_size
@@ -163,7 +163,8 @@ class Trainer:
     def _run_stages(self) -> None:
         total = sum(stage.updates for stage in self.stages)
         shardings = (parameter_shardings(self.mesh, self.state), replicated(self.mesh))
-        update = jax.jit(apply, donate_argnames="state", out_shardings=shardings)
+        # The update is an argument, so that what of it is data does not compile anew.
+        update = jax.jit(operator.call, donate_argnums=1, out_shardings=shardings)
         with tqdm(total=total, initial=self.position, desc="distilling", disable=not self.progress) as bar:
             while self.stage < len(self.stages):
                 stage = self.stages[self.stage]
@@ -401,6 +402,10 @@ class Trainer:
             self._restore(latest)
         if self.writes:
             remove_leftovers(self.folder)
+            remove_leftovers(self.folder / "stages")
+            for stage in self.stages[self.stage :]:  # Kept right before the run was killed, and to be kept again.
+                if (kept := self.folder / "stages" / stage.name).exists():
+                    shutil.rmtree(kept)
             truncate_losses(self.folder / "losses.csv", self.position)
 
     def _restore(self, latest: int) -> None:
@@ -460,8 +465,7 @@ class Trainer:
         others = tuple(sigmas for sigmas in self.described.schedule.sigmas if len(sigmas) != len(own))
         schedule = ScheduleConfig(self.described.schedule.shift, (*others, own))
         components = self.loaded.components | {"transformer": self.transformer()}
-        # A run that was killed right after it kept a stage's student comes here again with the same one.
-        if self.writes and not destination.exists():
+        if self.writes:
             save_checkpoint(
                 destination,
                 replace(self.described, schedule=schedule),

@@ -299,11 +299,3 @@ class MatchingUpdate:
         chosen = draw_reinitialised(draw_key, count, self.config.reinitialise)
         fresh = begin(init_heads(init_key, count, feature_size, hidden_size), self.optimizers.heads)
         return replace(state, heads=replace_heads(chosen, fresh, heads))
-
-
-def apply(
-    update: TrajectoryUpdate | MatchingUpdate, state: State, teacher: PyTree, batch: Batch, key: Array
-) -> tuple[State, Metrics]:
-    """`update(state, teacher, batch, key)`, to be compiled: with the update as an argument, what of it is data does
-    not compile anew."""
-    return update(state, teacher, batch, key)

@@ -375,6 +375,17 @@ def test_a_run_removes_what_a_killed_one_left_half_written(teacher_checkpoint, t
     assert [path.name for path in (run / "progress").iterdir()] == ["1"]
 
 
+@pytest.mark.slow
+def test_a_stages_student_that_was_kept_right_before_the_run_was_killed_is_made_again(teacher_checkpoint, tmp_path):
+    config = read_distill_config(write_config(tmp_path, teacher_checkpoint), SHORT)
+    run_interrupted(config, 1)
+    stages = tmp_path / "run" / "stages"
+    for name in ("trajectory", ".matching.partial-0a1b2c3d"):
+        (stages / name / "vae").mkdir(parents=True)
+    run_interrupted(config, 1)
+    assert list(stages.iterdir()) == []
+
+
 # What a run refuses, and what it begins with
 
 

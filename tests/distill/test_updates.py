@@ -1,5 +1,6 @@
 """Whole updates, on networks small enough to know the answer."""
 
+import operator
 from dataclasses import replace
 from functools import cache, partial
 
@@ -20,7 +21,6 @@ from sd35flash_jax.distill.updates import (
     State,
     TrajectoryUpdate,
     accumulated_gradients,
-    apply,
     begin,
     full_networks,
 )
@@ -211,7 +211,7 @@ def test_a_branch_trains_its_own_steps_alone():
 
 
 def test_one_program_serves_stage_b_and_both_branches_of_stage_c():
-    compiled = jax.jit(apply, compiler_options=QUICK)
+    compiled = jax.jit(operator.call, compiler_options=QUICK)
     whole = matching_update(4)
     for steps, ema in ((whole.steps, whole.ema), ((0, 2), 0.99), ((2, 4), 0.99)):
         update = replace(whole, steps=steps, ema=ema)
