@@ -44,11 +44,22 @@ def attention(
     cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
     if query.dtype == jnp.bfloat16 and bias is None and query.shape[-1] <= 128 and _compute_capability() >= 8:
         forward = partial(jax.lax.platform_dependent, cuda=cudnn, default=xla)
-        backward = partial(jax.lax.platform_dependent, cuda=partial(_gradient, cudnn), default=partial(_gradient, xla))
+        even = partial(_with_even_tokens, cudnn)
+        backward = partial(jax.lax.platform_dependent, cuda=partial(_gradient, even), default=partial(_gradient, xla))
         mixed = differentiable(forward, backward)(query, key, value)
     else:
         mixed = xla(query, key, value)
     return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def _with_even_tokens(attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:
+    """`attend` with a token more where their number is odd, which takes no part: JAX refuses cuDNN's gradient else."""
+    if query.shape[1] % 2 == key.shape[1] % 2 == 0:
+        return attend(query, key, value)
+    counts = {"query_seq_lengths": query, "key_value_seq_lengths": key}
+    lengths = {name: jnp.full(len(x), x.shape[1], jnp.int32) for name, x in counts.items()}
+    padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    return attend(*padded, **lengths)[:, : query.shape[1]]
 
 
 def _attention_by_heads(

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,35 @@ def test_attention_by_heads_and_its_gradient_are_those_of_its_twin(dtype):
         assert found.dtype == dtype
         tolerance = 1e-5 if dtype == "float32" else 4e-2
         np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), atol=tolerance)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_a_token_added_to_an_odd_number_changes_neither_attention_nor_its_gradient(tokens, causal):
+    plain = partial(jax.nn.dot_product_attention, implementation="xla", is_causal=causal)
+    arrays = operands(tokens)
+    with jax.default_matmul_precision("highest"):
+        expected, expected_vjp = jax.vjp(plain, *arrays)
+        mixed, vjp = jax.vjp(partial(layers._with_even_tokens, plain), *arrays)
+        for found, wanted in zip((mixed, *vjp(expected)), (expected, *expected_vjp(expected))):
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [77, 154, 1357])
+def test_the_flash_kernels_gradient_agrees_with_its_portable_twin(tokens, causal):
+    arrays = operands(tokens, dtype="bfloat16")
+
+    def gradients(device: jax.Device, dtype: str) -> list[np.ndarray]:
+        placed = [jax.device_put(array.astype(dtype), device) for array in arrays]
+        loss = jax.grad(lambda *arrays: jnp.sum(jnp.sin(attention(*arrays, causal=causal))), (0, 1, 2))
+        return [np.asarray(array, np.float64) for array in jax.jit(loss)(*placed)]
+
+    exact = gradients(jax.devices("cpu")[0], "float32")
+    for found, wanted in zip(gradients(jax.devices("gpu")[0], "bfloat16"), exact):
+        assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 2e-2
 
 
 @pytest.mark.gpu
