@@ -41,6 +41,6 @@ def jax_device_name() -> str:
 
 
 def jax_peak_bytes() -> int:
-    """The most of its memory that JAX has held on its default device, or the process where the device does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or peak_resident_bytes()
+    """The most memory that JAX has held on one of its devices, or the process where these do not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max(each.get("peak_bytes_in_use", 0) for each in stats) or peak_resident_bytes()

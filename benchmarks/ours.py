@@ -1,13 +1,14 @@
 """This project's side of the benchmark, through its public interface."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 from jaxtyping import Array
 
 from benchmarks.cases import ITEMS, LOOP_STEPS, T5_TOKENS, TEXT_TOKENS, TIMESTEP, Case, Request, token_ids
@@ -49,11 +50,7 @@ class Ours:
         return {"device": jax_device_name(), "platform": jax.default_backend()} | found
 
     def gemm(self) -> float:
-        side = _GEMM_SIDES.get(jax.default_backend(), _GEMM_SIDE)
-        matrices = [jax.random.normal(jax.random.key(i), (side, side), self.request.dtype) for i in range(2)]
-        multiply = jax.jit(jnp.matmul)
-        timing = measure(lambda: multiply(*matrices).block_until_ready(), self.request.repeats, self.request.seconds)
-        return 2 * side**3 / timing.median
+        return gemm_rate(self.request.dtype, self.request.repeats, self.request.seconds)
 
     def prepare(self, case: Case) -> Callable[[], Any]:
         pipe = self._pipeline(_NEEDS[case.item])
@@ -97,16 +94,35 @@ class Ours:
         return FlashPipeline(config, used, {}, T5_TOKENS)
 
 
+def gemm_rate(dtype: str, repeats: int, seconds: float) -> float:
+    """FLOP/s of a large matrix product on JAX's default device."""
+    side = _GEMM_SIDES.get(jax.default_backend(), _GEMM_SIDE)
+    matrices = [jax.random.normal(jax.random.key(i), (side, side), dtype) for i in range(2)]
+    multiply = jax.jit(jnp.matmul)
+    timing = measure(lambda: multiply(*matrices).block_until_ready(), repeats, seconds)
+    return 2 * side**3 / timing.median
+
+
 def random_component(name: str, config: ModelConfig, dtype: str) -> nnx.Module:
     """A component with random parameters: kernels scaled by their inputs, so that activations stay near one, the norms'
     scales around one."""
     module = abstract_component(name, config, stacked=runs_stacked(jax.default_backend()))
-    draw = np.random.default_rng(0)
-    made = {path: _random(path, array.shape, dtype, draw) for path, array in parameters(module).items()}
-    return with_parameters(module, jax.block_until_ready(made))
+    shapes = {path: array.shape for path, array in parameters(module).items()}
+    return with_parameters(module, random_parameters(shapes, dtype))
 
 
-def _random(path: str, shape: tuple[int, ...], dtype: str, draw: np.random.Generator) -> Array:
+def random_parameters(
+    shapes: Mapping[str, tuple[int, ...]], dtype: str, shardings: Mapping[str, Sharding] | None = None
+) -> dict[str, Array]:
+    """Random parameters by dotted path, on the default device, or each in the parts that its sharding says."""
+    draw, places = np.random.default_rng(0), shardings or {}
+    made = {path: _random(path, shape, dtype, draw, places.get(path)) for path, shape in shapes.items()}
+    return jax.block_until_ready(made)
+
+
+def _random(
+    path: str, shape: tuple[int, ...], dtype: str, draw: np.random.Generator, sharding: Sharding | None
+) -> Array:
     """Uniform values of one parameter. An accelerator makes large ones itself; small ones, of which there are many
     shapes, come from the host, so that nothing is compiled for them."""
     middle, deviation = (1.0 if path.endswith(".scale") else 0.0), 0.2
@@ -115,16 +131,19 @@ def _random(path: str, shape: tuple[int, ...], dtype: str, draw: np.random.Gener
         deviation = float(np.prod(shape[is_stacked:-1])) ** -0.5
     low, width = middle - deviation * 3**0.5, deviation * 2 * 3**0.5
     if np.prod(shape) >= _LARGE and jax.default_backend() != "cpu":
-        return _random_on_device(jax.random.key(draw.integers(2**31)), shape, dtype, low, width)
+        return _random_on_device(jax.random.key(draw.integers(2**31)), shape, dtype, low, width, sharding)
     values = draw.random(shape, np.float32)
     values *= width
     values += low
-    return jnp.asarray(values.astype(dtype, copy=False))
+    return jax.device_put(values.astype(dtype, copy=False), sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _random_on_device(key: Array, shape: tuple[int, ...], dtype: str, low: float, width: float) -> Array:
-    return (low + width * jax.random.uniform(key, shape, dtype)).astype(dtype)
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
+def _random_on_device(
+    key: Array, shape: tuple[int, ...], dtype: str, low: float, width: float, sharding: Sharding | None
+) -> Array:
+    values = (low + width * jax.random.uniform(key, shape, dtype)).astype(dtype)
+    return values if sharding is None else jax.lax.with_sharding_constraint(values, sharding)
 
 
 def random_latents(pipe: FlashPipeline, batch: int, size: int) -> Array:

@@ -24,16 +24,17 @@ class Timing:
 def measure(call: Callable[[], Any], repeats: int, seconds: float) -> Timing:
     """Time a call that returns when its work is done: once, once more to warm up, then up to `repeats` times, fewer
     once these have taken `seconds`, but at least `LEAST_RUNS` times."""
-    first = _duration(call)
+    first = duration(call)
     call()
     durations: list[float] = []
     while len(durations) < repeats and (len(durations) < LEAST_RUNS or sum(durations) < seconds):
-        durations.append(_duration(call))
+        durations.append(duration(call))
     lower, median, upper = np.quantile(durations, [0.25, 0.5, 0.75])
     return Timing(first, float(median), float(lower), float(upper), len(durations))
 
 
-def _duration(call: Callable[[], Any]) -> float:
+def duration(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

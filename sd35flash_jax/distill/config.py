@@ -24,7 +24,7 @@ section = validated(frozen=True, config=ConfigDict(extra="forbid"))
 
 @section
 class TrajectoryConfig:
-    """Stage (a), trajectory guidance."""
+    """Stage (a), trajectory guidance. Its learning rate falls from `learning_rate` to 0."""
 
     updates: Count = 2000
     learning_rate: Positive = 1e-6
@@ -150,10 +150,19 @@ def read_distill_config(path: Path, overrides: Sequence[str] = ()) -> DistillCon
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         _override(data, override)
+    return make_distill_config(data, str(path))
+
+
+def make_distill_config(data: dict[str, Any], source: str) -> DistillConfig:
+    """A configuration from its sections, each a dictionary; `source` is what a message calls it.
+
+    Raises:
+        ValueError: a value is unknown, missing, of the wrong type, out of range or at odds with another.
+    """
     try:
         config = TypeAdapter(DistillConfig).validate_python(data)
     except ValidationError as error:
-        raise ValueError(f"{path} is not a valid configuration: {describe_faults(error)}") from None
+        raise ValueError(f"{source} is not a valid configuration: {describe_faults(error)}") from None
     _check_consistency(config)
     return config
 

@@ -24,7 +24,13 @@ def init_lora(key: Array, kernels: Params, rank: int) -> Params:
 def merge_lora(base: Params, lora: Params) -> Params:
     """The base with `a b` added to the kernels that the LoRA has, in the base's dtype."""
     merged = dict(base)
-    for path in {name.rpartition(".")[0] for name in lora}:
-        update = lora[f"{path}.a"] @ lora[f"{path}.b"]
-        merged[path] = (base[path].astype(jnp.float32) + update).astype(base[path].dtype)
+    for path in sorted({name.rpartition(".")[0] for name in lora}):
+        factors = (base[path], lora[f"{path}.a"], lora[f"{path}.b"])
+        # Of a stack one layer after another: its products and their gradients are float32, and twice its own size.
+        merged[path] = jax.lax.map(_merged, factors) if base[path].ndim > 2 else _merged(factors)
     return merged
+
+
+def _merged(factors: tuple[Array, Array, Array]) -> Array:
+    kernel, a, b = factors
+    return (kernel.astype(jnp.float32) + a @ b).astype(kernel.dtype)

@@ -16,18 +16,16 @@ was killed goes on from its last checkpoint bit for bit as if it had not been.
 import csv
 import hashlib
 import math
-import operator
 import shutil
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental.multihost_utils import sync_global_devices
@@ -46,7 +44,6 @@ from sd35flash_jax.checkpoint import (
     with_parameters,
 )
 from sd35flash_jax.config import DOWNSAMPLING, TEXT_ENCODERS, MMDiTConfig, ModelConfig, ScheduleConfig
-from sd35flash_jax.distill.adversarial import init_heads
 from sd35flash_jax.distill.config import DistillConfig
 from sd35flash_jax.distill.data import (
     BatchMaker,
@@ -56,15 +53,13 @@ from sd35flash_jax.distill.data import (
     prompt_order,
     weights_digest,
 )
-from sd35flash_jax.distill.lora import Params, init_lora, merge_lora
-from sd35flash_jax.distill.mmdit import mmdit_networks
-from sd35flash_jax.distill.split_timestep import branch_steps, interpolate
+from sd35flash_jax.distill.lora import Params, merge_lora
+from sd35flash_jax.distill.split_timestep import interpolate
+from sd35flash_jax.distill.stages import Stage, in_parts, initial_state, make_stages, update_program
 from sd35flash_jax.distill.trajectory import teacher_sigmas
 from sd35flash_jax.distill.updates import (
     Batch,
-    MatchingUpdate,
     Metrics,
-    Optimizers,
     State,
     TrajectoryUpdate,
     begin,
@@ -86,15 +81,6 @@ LOSSES = (
 """The columns of losses.csv."""
 UNREAD = 8
 """How many updates' losses may wait to be read: to read them at once would let the device wait for the host."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is done a number of times, and its name."""
-
-    name: str
-    updates: int
-    update: TrajectoryUpdate | MatchingUpdate
 
 
 def distill(config: DistillConfig, progress: bool = False) -> Path:
@@ -132,11 +118,12 @@ class Trainer:
         self.model = check_teacher(config, self.described)
         self.structure = abstract_component("transformer", self.described)
         self.sigmas = (*config.student.sigmas, 0.0)
-        self.stages = self._stages()
+        self.stages = make_stages(config, self.described)
         whole = replicated(self.mesh)
         self.key = jax.jit(jax.random.key, out_shardings=whole)(config.training.seed)
         # What does not divide over the devices is refused here; so far the teacher's weights are shapes.
-        parameter_shardings(self.mesh, jax.eval_shape(self._initial_state, parameters(self.structure), self.key))
+        begin_all = partial(initial_state, config, self.described)
+        parameter_shardings(self.mesh, jax.eval_shape(begin_all, parameters(self.structure), self.key))
         read = [name for name in self.described.components if name != "vae"]
         self.digest = weights_digest(Path(config.teacher.checkpoint).expanduser(), read)
         self.manager = self._open_progress()
@@ -146,7 +133,7 @@ class Trainer:
         self.teacher: Params = jax.device_put(params, parameter_shardings(self.mesh, params))
         del params  # whole on every device
         self.pipeline = FlashPipeline.from_checkpoint(self.loaded, config.training.max_t5_tokens)
-        self.state = self._in_parts(self._initial_state, self.teacher, self.key)
+        self.state = in_parts(self.mesh, begin_all, self.teacher, self.key)
         self.kept: dict[str, Params] = {}
         self.unread: deque[tuple[str, int, int, Metrics]] = deque()
 
@@ -162,9 +149,7 @@ class Trainer:
 
     def _run_stages(self) -> None:
         total = sum(stage.updates for stage in self.stages)
-        shardings = (parameter_shardings(self.mesh, self.state), replicated(self.mesh))
-        # The update is an argument, so that what of it is data does not compile anew.
-        update = jax.jit(operator.call, donate_argnums=1, out_shardings=shardings)
+        update = update_program(self.mesh, self.state)
         with tqdm(total=total, initial=self.position, desc="distilling", disable=not self.progress) as bar:
             while self.stage < len(self.stages):
                 stage = self.stages[self.stage]
@@ -226,53 +211,10 @@ class Trainer:
             learner = begin(jax.tree.map(jnp.copy, student), stage.update.optimizers.student)
             return replace(state, student=learner, ema=jax.tree.map(jnp.copy, student))
 
-        self.state = self._in_parts(go_on, self.state, student)
+        self.state = in_parts(self.mesh, go_on, self.state, student)
         if self.config.training.keep_stages and stage.name in ("trajectory", "matching"):
             self.save_student(self.folder / "stages" / stage.name)
         self.save()
-
-    def _in_parts(self, make: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function makes, on the devices as the table of partition rules says; it is never whole on one."""
-        shardings = parameter_shardings(self.mesh, jax.eval_shape(make, *arguments))
-        return jax.jit(make, out_shardings=shardings)(*arguments)
-
-    def _stages(self) -> list[Stage]:
-        config, lora = self.config, bool(self.config.student.lora_rank)
-        networks = mmdit_networks(self.described, lora, head_depths(self.model.depth), config.training.rematerialise)
-        ema, steps = config.training.ema, len(self.sigmas) - 1
-        first = optimizers(config, config.trajectory.learning_rate)
-        guidance = TrajectoryUpdate(networks, first, self.sigmas, ema)
-        second = optimizers(config, config.matching.learning_rate)
-        matching = MatchingUpdate(networks, second, self.sigmas, (0, steps), ema, config.matching)
-        stages = [
-            Stage("trajectory", config.trajectory.updates, guidance),
-            Stage("matching", config.matching.updates, matching),
-        ]
-        if config.split.updates:
-            for branch in ("low", "high"):
-                own_steps = branch_steps(np.array(self.sigmas), branch)
-                update = replace(matching, steps=own_steps, ema=config.split.ema)
-                stages.append(Stage(f"split-{branch}", config.split.updates, update))
-        return stages
-
-    def _initial_state(self, teacher: Params, key: Array) -> State:
-        config, chosen = self.config, self.stages[0].update.optimizers
-        trained = {path: teacher[path] for path in parameters(self.structure, nnx.Param)}  # all but stored tables
-        keys = jax.random.split(key, 3)
-
-        def fresh(key: Array) -> Params:
-            if config.student.lora_rank:
-                return init_lora(key, trained, config.student.lora_rank)
-            return {path: jnp.array(array, jnp.float32) for path, array in trained.items()}
-
-        count = len(head_depths(self.model.depth))
-        heads = init_heads(keys[2], count, self.model.hidden_size, config.matching.head_size)
-        return State(
-            student=begin(fresh(keys[0]), chosen.student),
-            ema=fresh(keys[0]),
-            proxy=begin(fresh(keys[1]), chosen.proxy),
-            heads=begin(heads, chosen.heads),
-        )
 
     # Data
 
@@ -520,11 +462,6 @@ def check_division(config: DistillConfig, devices: int) -> None:
             raise ValueError(f"{name} = {number} does not divide over {parts} devices; choose a multiple of {parts}")
 
 
-def head_depths(depth: int) -> tuple[int, ...]:
-    """The heads sit a quarter, half and three quarters into the proxy, as far as it has so many blocks."""
-    return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
-
-
 def append_losses(path: Path, update: int, stage: str, values: dict[str, float]) -> None:
     """One row; the columns are those of every stage, so that a file stays one table."""
     new = not path.exists()
@@ -556,20 +493,6 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def optimizers(config: DistillConfig, learning_rate: float) -> Optimizers:
-    """Adam on clipped gradients; without momentum, since every network learns against another that moves (DMD2).
-
-    `optax.adam(b1=0)` would keep a first moment all the same, of a whole model: this RMSprop is what it is without.
-    """
-
-    def adam(rate: float) -> optax.GradientTransformation:
-        second_moment = optax.rmsprop(rate, decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
-        return optax.chain(optax.clip_by_global_norm(config.training.clip), second_moment)
-
-    matching = config.matching
-    return Optimizers(adam(learning_rate), adam(matching.proxy_learning_rate), adam(matching.head_learning_rate))
 
 
 @jax.jit

@@ -30,13 +30,13 @@ from sd35flash_jax.distill.config import (
     TrainingConfig,
     read_distill_config,
 )
+from sd35flash_jax.distill.stages import optimizers
 from sd35flash_jax.distill.trainer import (
     LOSSES,
     Trainer,
     append_losses,
     check_division,
     distill,
-    optimizers,
     remove_leftovers,
     truncate_losses,
 )
@@ -516,7 +516,7 @@ def test_what_was_half_written_is_removed_and_what_is_whole_stays(tmp_path):
 def adam_and_ours(rate: float) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     config = DistillConfig(TeacherConfig("teacher"), TrainingConfig("prompts.txt", "run", clip=1.0))
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.0))
-    return adam, optimizers(config, rate).student
+    return adam, optimizers(config, optax.constant_schedule(rate)).student
 
 
 def test_the_optimizer_takes_the_steps_of_adam_without_momentum():

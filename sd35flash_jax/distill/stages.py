@@ -1,0 +1,120 @@
+"""A training before its first update: its stages, its state, and an update as the program that it runs."""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from sd35flash_jax.checkpoint import abstract_component, parameters
+from sd35flash_jax.config import ModelConfig
+from sd35flash_jax.distill.adversarial import init_heads
+from sd35flash_jax.distill.config import DistillConfig, TrajectoryConfig
+from sd35flash_jax.distill.lora import Params, init_lora
+from sd35flash_jax.distill.mmdit import mmdit_networks
+from sd35flash_jax.distill.split_timestep import branch_steps
+from sd35flash_jax.distill.updates import MatchingUpdate, Optimizers, State, TrajectoryUpdate, begin
+from sd35flash_jax.sharding import parameter_shardings, replicated
+
+GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "LHS"}
+"""XLA's default again, in place of `compilation.GPU_FLAGS`: kernels side by side cannot share memory, and what an
+update of a LoRA needs beside its state would grow from 13 to 32 GiB at SD3.5-medium's size."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is done a number of times, and its name."""
+
+    name: str
+    updates: int
+    update: TrajectoryUpdate | MatchingUpdate
+
+
+def make_stages(config: DistillConfig, model: ModelConfig) -> list[Stage]:
+    """All stages of a distillation of the model's transformer, in order."""
+    assert model.transformer is not None
+    depths, lora = head_depths(model.transformer.depth), bool(config.student.lora_rank)
+    networks = mmdit_networks(model, lora, depths, config.training.rematerialise)
+    sigmas, ema = (*config.student.sigmas, 0.0), config.training.ema
+    first = optimizers(config, trajectory_schedule(config.trajectory))
+    guidance = TrajectoryUpdate(networks, first, sigmas, ema)
+    second = optimizers(config, optax.constant_schedule(config.matching.learning_rate))
+    matching = MatchingUpdate(networks, second, sigmas, (0, len(sigmas) - 1), ema, config.matching)
+    stages = [
+        Stage("trajectory", config.trajectory.updates, guidance),
+        Stage("matching", config.matching.updates, matching),
+    ]
+    if config.split.updates:
+        for branch in ("low", "high"):
+            own_steps = branch_steps(np.array(sigmas), branch)
+            update = replace(matching, steps=own_steps, ema=config.split.ema)
+            stages.append(Stage(f"split-{branch}", config.split.updates, update))
+    return stages
+
+
+def initial_state(config: DistillConfig, model: ModelConfig, teacher: Params, key: Array) -> State:
+    """Student and proxy as the teacher is, or as LoRAs that change nothing yet, and random heads."""
+    assert model.transformer is not None
+    transformer, chosen = model.transformer, optimizers(config, trajectory_schedule(config.trajectory))
+    structure = abstract_component("transformer", model)
+    trained = {path: teacher[path] for path in parameters(structure, nnx.Param)}  # all but stored tables
+    keys = jax.random.split(key, 3)
+
+    def fresh(key: Array) -> Params:
+        if config.student.lora_rank:
+            return init_lora(key, trained, config.student.lora_rank)
+        return {path: jnp.array(array, jnp.float32) for path, array in trained.items()}
+
+    count = len(head_depths(transformer.depth))
+    heads = init_heads(keys[2], count, transformer.hidden_size, config.matching.head_size)
+    return State(
+        student=begin(fresh(keys[0]), chosen.student),
+        ema=fresh(keys[0]),
+        proxy=begin(fresh(keys[1]), chosen.proxy),
+        heads=begin(heads, chosen.heads),
+    )
+
+
+def update_program(mesh: Mesh, state: State) -> Any:
+    """The program of all updates: `update, state, teacher, batch, key -> state, metrics`. It takes over the arrays of
+    the state. The update is an argument, so that what of it is data does not compile anew."""
+    shardings = (parameter_shardings(mesh, state), replicated(mesh))
+    options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+    return jax.jit(operator.call, donate_argnums=1, out_shardings=shardings, compiler_options=options)
+
+
+def in_parts(mesh: Mesh, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function makes, on the devices as the table of partition rules says; it is never whole on one."""
+    shardings = parameter_shardings(mesh, jax.eval_shape(make, *arguments))
+    return jax.jit(make, out_shardings=shardings)(*arguments)
+
+
+def head_depths(depth: int) -> tuple[int, ...]:
+    """The heads sit a quarter, half and three quarters into the proxy, as far as it has so many blocks."""
+    return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
+
+
+def trajectory_schedule(config: TrajectoryConfig) -> optax.Schedule:
+    """Stage (a)'s learning rate falls to 0 by half a cosine: what it learns stands still, unlike in (b) and (c)."""
+    return optax.cosine_decay_schedule(config.learning_rate, max(1, config.updates))
+
+
+def optimizers(config: DistillConfig, learning_rate: optax.Schedule) -> Optimizers:
+    """Adam on clipped gradients; without momentum, since every network learns against another that moves (DMD2).
+
+    `optax.adam(b1=0)` would keep a first moment all the same, of a whole model: this RMSprop is what it is without.
+    """
+
+    def adam(rate: float | optax.Schedule) -> optax.GradientTransformation:
+        second_moment = optax.rmsprop(rate, decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
+        return optax.chain(optax.clip_by_global_norm(config.training.clip), second_moment)
+
+    matching = config.matching
+    return Optimizers(adam(learning_rate), adam(matching.proxy_learning_rate), adam(matching.head_learning_rate))
