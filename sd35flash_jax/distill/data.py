@@ -4,10 +4,11 @@ all at the start. Everything is a function of the seed and of a row's or an upda
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,24 @@ from sd35flash_jax.distill.trajectory import synthesize_trajectory
 from sd35flash_jax.distill.updates import Batch
 from sd35flash_jax.sharding import row_sharding
 from sd35flash_jax.text import Conditioning
+
+_T = TypeVar("_T")
+
+
+class Ahead(Generic[_T]):
+    """A function of the number of an update that is asked for one number after another: while one result is used, a
+    thread makes the next."""
+
+    def __init__(self, make: Callable[[int], _T]):
+        self.make = make
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting: dict[int, Future[_T]] = {}
+
+    def __call__(self, number: int) -> _T:
+        """The result for this number; whatever else was made ahead is dropped."""
+        made = self.waiting.pop(number, None) or self.thread.submit(self.make, number)
+        self.waiting = {number + 1: self.thread.submit(self.make, number + 1)}
+        return made.result()
 
 
 def prompt_order(count: int, seed: int, update: int, rows: int) -> Int[np.ndarray, " rows"]:

@@ -46,6 +46,7 @@ from sd35flash_jax.checkpoint import (
 from sd35flash_jax.config import DOWNSAMPLING, TEXT_ENCODERS, MMDiTConfig, ModelConfig, ScheduleConfig
 from sd35flash_jax.distill.config import DistillConfig
 from sd35flash_jax.distill.data import (
+    Ahead,
     BatchMaker,
     Real,
     Synthesis,
@@ -250,6 +251,7 @@ class Trainer:
         if config.teacher.cached:
             self.row_prompts = prompt_order(len(self.prompts), training.seed, 0, config.teacher.cached)
             self.trajectories = self._kept_trajectories(synthesis)
+            self.read_kept = {real: Ahead(partial(self._read_kept, real)) for real in ("trajectories", "samples")}
 
     def _kept_trajectories(self, synthesis: Synthesis) -> np.ndarray:
         teaching, training = self.config.teacher, self.config.training
@@ -279,6 +281,12 @@ class Trainer:
         tokens: Any = {name: self._by_rows(ids[self.row_prompts[rows]]) for name, ids in self.tokens.items()}
         return self.pipeline.encode_tokens(tokens)
 
+    def _read_kept(self, real: Real, position: int) -> Array:
+        """What an update reads of the trajectories that are kept."""
+        assert self.trajectories is not None
+        rows = prompt_order(len(self.row_prompts), self.config.training.seed, position, self.config.training.batch)
+        return self._by_rows(self.trajectories[rows] if real == "trajectories" else self.trajectories[rows, -1])
+
     def _by_rows(self, array: np.ndarray) -> Array:
         return put(array, row_sharding(self.mesh))
 
@@ -289,9 +297,7 @@ class Trainer:
         real: Real = "samples" if self.config.matching.adversarial_weight else "nothing"
         if isinstance(stage.update, TrajectoryUpdate):
             real = "trajectories"
-        kept = None
-        if self.trajectories is not None and real != "nothing":
-            kept = self._by_rows(self.trajectories[rows] if real == "trajectories" else self.trajectories[rows, -1])
+        kept = None if self.trajectories is None or real == "nothing" else self.read_kept[real](self.position)
         return self.make_batch(self.teacher, self._conditioning(rows), self.negative, kept, key, real=real)
 
     # Files

@@ -13,6 +13,7 @@ import pytest
 from sd35flash_jax.checkpoint import save_checkpoint
 from sd35flash_jax.config import ModelConfig
 from sd35flash_jax.distill.data import (
+    Ahead,
     BatchMaker,
     Synthesis,
     kept_trajectories,
@@ -193,3 +194,23 @@ def test_a_single_weight_or_a_tokenizer_makes_another_digest(encoder):
     (checkpoint / "tokenizers" / "clip_l" / "vocab.json").write_text('{"a": 0}')
     digests.append(weights_digest(checkpoint, ["clip_l"]))
     assert len(set(digests)) == 3
+
+
+def test_what_is_made_ahead_is_what_would_be_made_at_once():
+    made = []
+
+    def make(number: int) -> int:
+        made.append(number)
+        return number**2
+
+    ahead = Ahead(make)
+    assert [ahead(number) for number in (3, 4, 5, 9, 10)] == [9, 16, 25, 81, 100]
+    ahead.thread.shutdown()
+    assert made == [3, 4, 5, 6, 9, 10, 11], "none is made twice"
+
+
+def test_an_error_in_what_is_made_ahead_is_raised_where_it_is_asked_for():
+    ahead = Ahead(lambda number: 1 // (number - 1))
+    assert ahead(0) == -1
+    with pytest.raises(ZeroDivisionError):
+        ahead(1)
