@@ -2,7 +2,8 @@
 
 `configure` is called where a pipeline is loaded, never on import, and whatever the user has set wins:
 
-- `XLA_FLAGS` keeps every flag it has; ours are put before them, and only those it does not name.
+- `XLA_FLAGS` keeps every flag it has; ours are put before them, and only those it does not name. The updates of a
+  distillation alone have an option of their own.
 - `JAX_COMPILATION_CACHE_DIR` (or `jax.config`) chooses another folder, `JAX_ENABLE_COMPILATION_CACHE=0` turns the cache
   off, `JAX_COMPILATION_CACHE_MAX_SIZE` bounds it in bytes. Its folder can be deleted at any time.
 """
@@ -25,6 +26,10 @@ GPU_FLAGS: tuple[str, ...] = (
     "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
 )
 """What XLA is told on NVIDIA GPUs; `docs/performance.md` says what each gives."""
+
+GPU_TRAINING_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "LHS"}
+"""XLA's default again for an update of the distillation, whatever `XLA_FLAGS` say: kernels side by side cannot share
+memory, and what an update of a LoRA needs beside its state would grow from 13 to 32 GiB at SD3.5-medium's size."""
 
 _ENABLED = "jax_enable_compilation_cache"
 _FOLDER = "jax_compilation_cache_dir"

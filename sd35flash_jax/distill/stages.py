@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from sd35flash_jax.checkpoint import abstract_component, parameters
+from sd35flash_jax.compilation import GPU_TRAINING_OPTIONS
 from sd35flash_jax.config import ModelConfig
 from sd35flash_jax.distill.adversarial import init_heads
 from sd35flash_jax.distill.config import DistillConfig, TrajectoryConfig
@@ -22,10 +23,6 @@ from sd35flash_jax.distill.mmdit import mmdit_networks
 from sd35flash_jax.distill.split_timestep import branch_steps
 from sd35flash_jax.distill.updates import MatchingUpdate, Optimizers, State, TrajectoryUpdate, begin
 from sd35flash_jax.sharding import parameter_shardings, replicated
-
-GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "LHS"}
-"""XLA's default again, in place of `compilation.GPU_FLAGS`: kernels side by side cannot share memory, and what an
-update of a LoRA needs beside its state would grow from 13 to 32 GiB at SD3.5-medium's size."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def update_program(mesh: Mesh, state: State) -> Any:
     """The program of all updates: `update, state, teacher, batch, key -> state, metrics`. It takes over the arrays of
     the state. The update is an argument, so that what of it is data does not compile anew."""
     shardings = (parameter_shardings(mesh, state), replicated(mesh))
-    options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+    options = GPU_TRAINING_OPTIONS if jax.default_backend() == "gpu" else None
     return jax.jit(operator.call, donate_argnums=1, out_shardings=shardings, compiler_options=options)
 
 
