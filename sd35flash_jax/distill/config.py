@@ -24,10 +24,14 @@ section = validated(frozen=True, config=ConfigDict(extra="forbid"))
 
 @section
 class TrajectoryConfig:
-    """Stage (a), trajectory guidance. Its learning rate falls from `learning_rate` to 0."""
+    """Stage (a), trajectory guidance. Its learning rate falls from `learning_rate` to 0. The last `held_out` of the
+    trajectories that are cached are never trained on; the averaged student's loss on them is written every
+    `check_every` updates and after the last one."""
 
     updates: Count = 2000
     learning_rate: Positive = 1e-6
+    held_out: Count = 0
+    check_every: Size = 100
 
 
 @section
@@ -186,6 +190,13 @@ def _check_consistency(config: DistillConfig) -> None:
         raise ValueError(
             f"training.batch {config.training.batch} does not divide into {config.training.micro_batches} micro_batches"
         )
+    held_out, part = config.trajectory.held_out, config.training.batch // config.training.micro_batches
+    if held_out and held_out >= config.teacher.cached:
+        raise ValueError(
+            f"trajectory.held_out {held_out} leaves none of teacher.cached {config.teacher.cached} to train on"
+        )
+    if held_out % part:
+        raise ValueError(f"trajectory.held_out {held_out} is not a multiple of {part}, the rows of a micro-batch")
     if config.split.updates and config.student.lora_rank:
         raise ValueError("the branches of stage (c) cannot be interpolated as LoRAs; set split.updates=0")
     if config.split.updates:

@@ -57,7 +57,7 @@ from sd35flash_jax.distill.data import (
 from sd35flash_jax.distill.lora import Params, merge_lora
 from sd35flash_jax.distill.split_timestep import interpolate
 from sd35flash_jax.distill.stages import Stage, in_parts, initial_state, make_stages, update_program
-from sd35flash_jax.distill.trajectory import teacher_sigmas
+from sd35flash_jax.distill.trajectory import teacher_sigmas, whole_trajectory_loss
 from sd35flash_jax.distill.updates import (
     Batch,
     Metrics,
@@ -78,6 +78,7 @@ LOSSES = (
     "proxy",
     "proxy_gradient",
     "discriminator",
+    "held_out",
 )
 """The columns of losses.csv."""
 UNREAD = 8
@@ -170,6 +171,8 @@ class Trainer:
         batch = self._batch(stage, batch_key)
         self.state, metrics = update(stage.update, self.state, self.teacher, batch, update_key)
         self.done += 1
+        if isinstance(stage.update, TrajectoryUpdate) and self._is_checked(stage):
+            metrics["held_out"] = self._held_out_loss()
         self.unread.append((stage.name, self.done, self.position, metrics))
         self._report(bar, UNREAD)
         training = self.config.training
@@ -180,6 +183,21 @@ class Trainer:
         if self.position % training.checkpoint_every == 0 and self.done < stage.updates:
             self._report(bar)
             self.save()
+
+    def _is_checked(self, stage: Stage) -> bool:
+        checked = self.config.trajectory
+        return checked.held_out > 0 and (self.done % checked.check_every == 0 or self.done == stage.updates)
+
+    def _held_out_loss(self) -> Array:
+        """The averaged student's loss on the trajectories that are not trained on, a micro-batch at a time."""
+        assert self.trajectories is not None
+        part = self.config.training.batch // self.config.training.micro_batches
+        losses = []
+        for start in range(self.trained, len(self.trajectories), part):
+            rows = np.arange(start, start + part)
+            points = self._by_rows(self.trajectories[rows])
+            losses.append(self.whole_loss(self.state.ema, self.teacher, points, self._conditioning(rows)))
+        return jnp.stack(losses).mean()
 
     def _report(self, bar: tqdm, waiting: int = 0) -> None:
         """Read the losses of all updates but the last few. No checkpoint is written while there are unread ones, so
@@ -252,6 +270,14 @@ class Trainer:
             self.row_prompts = prompt_order(len(self.prompts), training.seed, 0, config.teacher.cached)
             self.trajectories = self._kept_trajectories(synthesis)
             self.read_kept = {real: Ahead(partial(self._read_kept, real)) for real in ("trajectories", "samples")}
+        self.trained = len(self.row_prompts) - config.trajectory.held_out
+
+        def whole_loss(student: Params, teacher: Params, points: Array, conditioning: Conditioning) -> Array:
+            network = self.stages[0].update.networks.student(student, teacher)
+            trajectory = points.swapaxes(0, 1).astype(jnp.float32)
+            return whole_trajectory_loss(network, trajectory, jnp.array(self.sigmas), conditioning)
+
+        self.whole_loss = jax.jit(whole_loss, out_shardings=replicated(self.mesh))
 
     def _kept_trajectories(self, synthesis: Synthesis) -> np.ndarray:
         teaching, training = self.config.teacher, self.config.training
@@ -284,7 +310,7 @@ class Trainer:
     def _read_kept(self, real: Real, position: int) -> Array:
         """What an update reads of the trajectories that are kept."""
         assert self.trajectories is not None
-        rows = prompt_order(len(self.row_prompts), self.config.training.seed, position, self.config.training.batch)
+        rows = prompt_order(self.trained, self.config.training.seed, position, self.config.training.batch)
         return self._by_rows(self.trajectories[rows] if real == "trajectories" else self.trajectories[rows, -1])
 
     def _by_rows(self, array: np.ndarray) -> Array:
@@ -293,7 +319,7 @@ class Trainer:
     def _batch(self, stage: Stage, key: Array) -> Batch:
         """The prompts of this update, encoded, and what it reads of the teacher."""
         training = self.config.training
-        rows = prompt_order(len(self.row_prompts), training.seed, self.position, training.batch)
+        rows = prompt_order(self.trained, training.seed, self.position, training.batch)
         real: Real = "samples" if self.config.matching.adversarial_weight else "nothing"
         if isinstance(stage.update, TrajectoryUpdate):
             real = "trajectories"

@@ -83,3 +83,14 @@ def trajectory_guidance_loss(
     chord = (there - here) / per_row(sigmas[index + 1] - sigmas[index], here)
     error = evaluate(student, here, sigmas[index], conditioning) - jax.lax.stop_gradient(chord)
     return jnp.mean(jnp.square(error))
+
+
+def whole_trajectory_loss(
+    student: Velocity, trajectory: Float[Array, "k+1 b ..."], sigmas: Float[Array, " k+1"], conditioning: Any
+) -> Float[Array, ""]:
+    """The mean of `trajectory_guidance_loss` over all steps: what it is of random ones, on average."""
+
+    def of_step(step: Array) -> Array:
+        return trajectory_guidance_loss(student, trajectory, sigmas, jnp.full(trajectory.shape[1], step), conditioning)
+
+    return jax.lax.map(of_step, jnp.arange(len(trajectory) - 1)).mean()

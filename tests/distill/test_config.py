@@ -48,11 +48,17 @@ def test_overrides_set_single_values_of_any_type(path):
         ("student.sigmas=[1.0]", "leave split-timestep fine-tuning out"),
         ("student.lora_rank=8", "cannot be interpolated as LoRAs; set split.updates=0"),
         ("training.micro_batches=3", "does not divide into 3 micro_batches"),
+        ("trajectory.held_out=8", "trajectory.held_out 8 leaves none of teacher.cached 0 to train on"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(override, message, path):
     with pytest.raises(ValueError, match=message):
         read_distill_config(path, [override])
+
+
+def test_held_out_trajectories_fill_whole_micro_batches(path):
+    with pytest.raises(ValueError, match=r"trajectory\.held_out 6 is not a multiple of 4, the rows of a micro-batch"):
+        read_distill_config(path, ["teacher.cached=20", "trajectory.held_out=6", "training.micro_batches=2"])
 
 
 def test_the_command_says_what_a_file_lacks(path, capsys):

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from sd35flash_jax import compilation
+from sd35flash_jax import FlashPipeline, compilation
 from sd35flash_jax.checkpoint import load_checkpoint, parameters, read_config, save_checkpoint
 from sd35flash_jax.cli import main
 from sd35flash_jax.config import TEXT_ENCODERS
@@ -200,7 +200,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(finished, teacher_checkp
 
 @pytest.mark.slow
 def test_a_run_that_keeps_trajectories_makes_them_once_and_goes_on_bit_for_bit(teacher_checkpoint, tmp_path):
-    overrides = ["teacher.cached=5", "split.updates=0"]
+    overrides = ["teacher.cached=7", "trajectory.held_out=2", "trajectory.check_every=2", "split.updates=0"]
     whole, interrupted = (
         read_distill_config(write_config(tmp_path / name, teacher_checkpoint), overrides)
         for name in ("whole", "interrupted")
@@ -212,9 +212,12 @@ def test_a_run_that_keeps_trajectories_makes_them_once_and_goes_on_bit_for_bit(t
     distill(interrupted)
     assert kept.stat().st_mtime_ns == made
     [expected] = (tmp_path / "whole" / "run").glob("trajectories-*")
-    assert np.load(kept).shape == (5, 3, 4, 4, 16)
+    assert np.load(kept).shape == (7, 3, 4, 4, 16)
     np.testing.assert_array_equal(np.load(kept), np.load(expected))
-    assert read_losses(tmp_path / "interrupted") == read_losses(tmp_path / "whole")
+    losses = read_losses(tmp_path / "whole")
+    assert read_losses(tmp_path / "interrupted") == losses
+    checked = [row["update"] for row in losses if row["held_out"]]
+    assert checked == ["2", "3"], "every second update of stage (a), and its last"
     arrays = student_arrays(tmp_path / "whole")
     for path, array in student_arrays(tmp_path / "interrupted").items():
         np.testing.assert_array_equal(array, arrays[path], err_msg=path)
@@ -328,6 +331,27 @@ def test_a_run_that_was_killed_while_it_drew_samples_draws_them_again(teacher_ch
         with contextlib.suppress(KeyboardInterrupt):
             trainer.run()
     assert drawn == ["000001.png", "000002.png", "000002.png", "000003.png"]
+
+
+def test_held_out_trajectories_are_not_trained_on_and_their_loss_is_the_students(teacher_checkpoint, tmp_path):
+    overrides = ["teacher.cached=8", "trajectory.held_out=4"]
+    trainer = Trainer(read_distill_config(write_config(tmp_path, teacher_checkpoint), overrides))
+    trainer._run_stages = lambda: None
+    trainer.run()
+    (path,) = (tmp_path / "run").glob("trajectories-*")
+    kept = np.load(path).astype(np.float32)
+    read = np.concatenate([trainer._read_kept("trajectories", update) for update in range(4)])
+    assert {row.tobytes() for row in read} == {row.tobytes() for row in np.load(path)[:4]}
+
+    teacher = FlashPipeline.from_pretrained(teacher_checkpoint, dtype="float32", max_t5_tokens=8)
+    prompts = [trainer.prompts[row] for row in trainer.row_prompts[4:]]
+    conditioning, errors = teacher.encode(prompts), []
+    for step, (sigma, following) in enumerate([(1.0, 0.5), (0.5, 0.0)]):
+        chord = (kept[4:, step + 1] - kept[4:, step]) / (following - sigma)
+        errors.append(np.asarray(teacher.velocity(kept[4:, step], 1000 * sigma, conditioning)) - chord)
+    with jax.set_mesh(trainer.mesh):
+        loss = trainer._held_out_loss()
+    np.testing.assert_allclose(loss, np.square(errors).mean(), rtol=1e-4)
 
 
 def test_a_retrained_teacher_at_the_same_path_gets_trajectories_of_its_own(tmp_path):

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from sd35flash_jax.distill.flow import evaluate, guided, rollout
-from sd35flash_jax.distill.trajectory import synthesize_trajectory, teacher_sigmas, trajectory_guidance_loss
+from sd35flash_jax.distill.trajectory import (
+    synthesize_trajectory,
+    teacher_sigmas,
+    trajectory_guidance_loss,
+    whole_trajectory_loss,
+)
 from sd35flash_jax.schedule import shifted_sigmas
 from tests.distill.networks import assert_same_gradients, is_zero, mlp, numeric_gradient, numpy_mlp, random_mlp
 
@@ -45,6 +50,17 @@ def test_guidance_moves_the_velocity_away_from_the_negative_one(draw):
         velocity = guided(mlp(teacher), positive, negative, guidance)
         expected = away + guidance * (towards - away)
         np.testing.assert_allclose(evaluate(velocity, latents, 0.3, None), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_of_whole_trajectories_is_the_mean_over_all_their_steps(draw):
+    student, conditioning = random_mlp(2), draw.standard_normal((3, 3))
+    trajectory, sigmas = draw.standard_normal((5, 3, 2)), SIGMAS[4]
+    errors = [
+        numpy_mlp(student)(here, sigma, conditioning) - (there - here) / (following - sigma)
+        for here, there, sigma, following in zip(trajectory, trajectory[1:], sigmas, sigmas[1:])
+    ]
+    loss = whole_trajectory_loss(mlp(student), jnp.array(trajectory), jnp.array(sigmas), conditioning)
+    np.testing.assert_allclose(loss, np.square(errors).mean(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [4, 2, 1])
