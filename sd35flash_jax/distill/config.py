@@ -71,11 +71,13 @@ class SplitConfig:
 
 @section
 class TeacherConfig:
-    """The teacher: a checkpoint directory, and how it synthesizes trajectories and samples: for each batch anew, or
-    `cached` of them once, `cache_batch` at a time (0 is the training's batch)."""
+    """The teacher: a checkpoint directory, and how it synthesizes trajectories and samples: in `steps` at levels with
+    `shift` (the checkpoint's own unless given), for each batch anew, or `cached` of them once, `cache_batch` at a time
+    (0 is the training's batch)."""
 
     checkpoint: str
     steps: Annotated[int, Field(ge=1, le=TRAIN_TIMESTEPS)] = 32
+    shift: Positive | None = None
     guidance: Guidance = 4.0
     negative_prompt: str = ""
     cached: Count = 0

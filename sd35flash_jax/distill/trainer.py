@@ -244,7 +244,7 @@ class Trainer:
         self.tokens = tokenize(self.pipeline.tokenizers, self.prompts, counts)
         self.negative = self.pipeline.encode([config.teacher.negative_prompt])
 
-        shifted = shifted_sigmas(config.teacher.steps, self.described.schedule.shift)
+        shifted = shifted_sigmas(config.teacher.steps, config.teacher.shift or self.described.schedule.shift)
         levels, indices = teacher_sigmas(np.array(self.sigmas), shifted)
         size = (training.height // DOWNSAMPLING, training.width // DOWNSAMPLING, self.model.latent_channels)
         synthesis = Synthesis(
@@ -290,7 +290,7 @@ class Trainer:
         depends_on = (
             self.digest,
             self.described,
-            (teaching.steps, teaching.guidance, teaching.negative_prompt, teaching.cached),
+            (synthesis.levels, teaching.guidance, teaching.negative_prompt, teaching.cached),
             self.sigmas,
             self.prompts,
             training.seed,

@@ -40,6 +40,7 @@ from sd35flash_jax.distill.trainer import (
     remove_leftovers,
     truncate_losses,
 )
+from sd35flash_jax.schedule import shifted_sigmas
 from tests.tiny_model import CONFIG, random_parameters, write_tokenizers
 
 UPDATES = {"trajectory": 3, "matching": 3, "split-low": 2, "split-high": 2}
@@ -352,6 +353,15 @@ def test_held_out_trajectories_are_not_trained_on_and_their_loss_is_the_students
     with jax.set_mesh(trainer.mesh):
         loss = trainer._held_out_loss()
     np.testing.assert_allclose(loss, np.square(errors).mean(), rtol=1e-4)
+
+
+def test_the_teachers_steps_lie_where_its_shift_puts_them(teacher_checkpoint, tmp_path):
+    trainer = Trainer(read_distill_config(write_config(tmp_path, teacher_checkpoint), ["teacher.shift=1.5"]))
+    trainer._run_stages = lambda: None
+    trainer.run()
+    assert trainer.described.schedule.shift != 1.5
+    expected = sorted({*map(float, shifted_sigmas(3, 1.5)), 0.5}, reverse=True)
+    np.testing.assert_allclose(trainer.make_batch.__wrapped__.synthesis.levels, expected, atol=1e-6)
 
 
 def test_a_retrained_teacher_at_the_same_path_gets_trajectories_of_its_own(tmp_path):
