@@ -319,16 +319,23 @@ def written_whole(destination: Path) -> Iterator[Path]:
         raise
 
 
+_SETTLED = 5
+"""Looks, a tenth of a second apart, at which a removed path has to be away."""
+
+
 def _remove(path: Path) -> None:
-    """Remove a file or folder, again for a while if need be: writers that were interrupted may still add to it."""
-    for _ in range(50):
+    """Remove a file or folder until it has been away for half a second: threads that wrote to it when an interrupt came
+    go on with what they had begun, and TensorStore makes anew the folder of a file that it writes."""
+    away = 0 if path.exists() else _SETTLED
+    for _ in range(60):
+        if away == _SETTLED:
+            return
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        if not path.exists():
-            return
         time.sleep(0.1)
+        away = 0 if path.exists() else away + 1
 
 
 def refuse_existing(destination: Path) -> None:

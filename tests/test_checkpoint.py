@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -433,4 +434,14 @@ def test_nothing_is_left_of_a_folder_that_was_still_written_into_when_it_was_giv
     with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "model") as folder:
         folder.mkdir()
         raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_a_writer_makes_anew_after_an_interrupt_is_removed_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "model") as folder:
+        folder.mkdir()
+        late = threading.Timer(0.25, lambda: (folder / "transformer").mkdir(parents=True))
+        late.start()
+        raise KeyboardInterrupt
+    late.join()
     assert list(tmp_path.iterdir()) == []
