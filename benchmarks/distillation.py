@@ -94,10 +94,10 @@ class Update:
         """The trainer's program of the update, compiled for `shapes`."""
         state, *others = self.shapes()
         with jax.set_mesh(self.mesh):
-            return update_program(self.mesh, state).lower(self.update, state, *others).compile()
+            return update_program(self.mesh).lower(self.update, state, *others).compile()
 
     def _initial_state(self, teacher: Params, key: Array) -> State:
-        return initial_state(self.config, self.model, teacher, key)
+        return initial_state(self.config, self.model, self.update.optimizers, teacher, key)
 
     def _random_batch(self, key: Array) -> Batch:
         """Micro-batches of unit noise: `TEXT_TOKENS` tokens of context, and latents of square images."""

@@ -46,7 +46,7 @@ from sd35flash_jax.world.compose import SceneArrays, compose, sprites
 from training.clock import train
 from training.data import draw_captions, make_scenes, token_ids
 from training.model import CLIP_VOCABULARY, FLASH_MINI, SIZE, SOURCE, T5_VOCABULARY, TEXT_TOKENS
-from training.optimizer import adam, blockwise_muon
+from training.optimizer import adam, muon
 from training.pieces import load_pieces, save_pieces
 from training.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
@@ -192,7 +192,7 @@ def main(options: argparse.Namespace) -> None:
     tokenizers = {name: load_tokenizer(name, folder) for name, folder in folders.items()}
     scenes, captions = make_scenes(options.scenes, options.seed, CAPTIONS)
     options.output.mkdir(parents=True, exist_ok=True)
-    optimizer = blockwise_muon(params) if options.optimizer == "muon" else adam()
+    optimizer = muon() if options.optimizer == "muon" else adam()
     state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros(()))
 
     def update(state: Any, rate: Array, key: Array, data: Data) -> tuple[Any, dict[str, Array]]:

@@ -24,11 +24,13 @@ section = validated(frozen=True, config=ConfigDict(extra="forbid"))
 
 @section
 class TrajectoryConfig:
-    """Stage (a), trajectory guidance. Its learning rate falls from `learning_rate` to 0. The last `held_out` of the
+    """Stage (a), trajectory guidance. Its learning rate falls from `learning_rate` to 0. `optimizer` "adam" has no
+    momentum, as in the other stages; "muon" is Muon on the kernels of the blocks. The last `held_out` of the
     trajectories that are cached are never trained on; the averaged student's loss on them is written every
     `check_every` updates and after the last one."""
 
     updates: Count = 2000
+    optimizer: Literal["adam", "muon"] = "adam"
     learning_rate: Positive = 1e-6
     held_out: Count = 0
     check_every: Size = 100

@@ -12,6 +12,7 @@ from sd35flash_jax.config import ModelConfig
 from sd35flash_jax.distill.flow import Velocity
 from sd35flash_jax.distill.lora import Params, merge_lora
 from sd35flash_jax.distill.updates import Features, Networks
+from sd35flash_jax.models.layers import unstacked
 from sd35flash_jax.text import Conditioning
 
 
@@ -30,7 +31,8 @@ def mmdit_networks(config: ModelConfig, lora: bool, depths: Sequence[int], remat
         return rematerialised(model) if rematerialise else model
 
     def velocity(params: Params) -> Velocity:
-        model = module(params)
+        # A loop over a stack writes and reads every activation that is kept for the way back once more.
+        model = module(params) if rematerialise else unstacked(module(params))
         return lambda latents, timestep, text: model(latents, timestep, text.context, text.pooled)
 
     def features(params: Params) -> Features:

@@ -1,6 +1,5 @@
 """A training before its first update: its stages, its state, and an update as the program that it runs."""
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +19,20 @@ from sd35flash_jax.distill.adversarial import init_heads
 from sd35flash_jax.distill.config import DistillConfig, TrajectoryConfig
 from sd35flash_jax.distill.lora import Params, init_lora
 from sd35flash_jax.distill.mmdit import mmdit_networks
+from sd35flash_jax.distill.muon import blockwise_muon
 from sd35flash_jax.distill.split_timestep import branch_steps
-from sd35flash_jax.distill.updates import MatchingUpdate, Optimizers, State, TrajectoryUpdate, begin
+from sd35flash_jax.distill.updates import (
+    Batch,
+    MatchingUpdate,
+    Metrics,
+    Optimizers,
+    State,
+    TrajectoryUpdate,
+    begin,
+)
 from sd35flash_jax.sharding import parameter_shardings, replicated
+
+Update = TrajectoryUpdate | MatchingUpdate
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Stage:
 
     name: str
     updates: int
-    update: TrajectoryUpdate | MatchingUpdate
+    update: Update
 
 
 def make_stages(config: DistillConfig, model: ModelConfig) -> list[Stage]:
@@ -40,9 +50,9 @@ def make_stages(config: DistillConfig, model: ModelConfig) -> list[Stage]:
     depths, lora = head_depths(model.transformer.depth), bool(config.student.lora_rank)
     networks = mmdit_networks(model, lora, depths, config.training.rematerialise)
     sigmas, ema = (*config.student.sigmas, 0.0), config.training.ema
-    first = optimizers(config, trajectory_schedule(config.trajectory))
+    first = optimizers(config, trajectory_optimizer(config.trajectory))
     guidance = TrajectoryUpdate(networks, first, sigmas, ema)
-    second = optimizers(config, optax.constant_schedule(config.matching.learning_rate))
+    second = optimizers(config, without_momentum(config.matching.learning_rate))
     matching = MatchingUpdate(networks, second, sigmas, (0, len(sigmas) - 1), ema, config.matching)
     stages = [
         Stage("trajectory", config.trajectory.updates, guidance),
@@ -56,10 +66,12 @@ def make_stages(config: DistillConfig, model: ModelConfig) -> list[Stage]:
     return stages
 
 
-def initial_state(config: DistillConfig, model: ModelConfig, teacher: Params, key: Array) -> State:
+def initial_state(
+    config: DistillConfig, model: ModelConfig, optimizers: Optimizers, teacher: Params, key: Array
+) -> State:
     """Student and proxy as the teacher is, or as LoRAs that change nothing yet, and random heads."""
     assert model.transformer is not None
-    transformer, chosen = model.transformer, optimizers(config, trajectory_schedule(config.trajectory))
+    transformer = model.transformer
     structure = abstract_component("transformer", model)
     trained = {path: teacher[path] for path in parameters(structure, nnx.Param)}  # all but stored tables
     keys = jax.random.split(key, 3)
@@ -72,19 +84,23 @@ def initial_state(config: DistillConfig, model: ModelConfig, teacher: Params, ke
     count = len(head_depths(transformer.depth))
     heads = init_heads(keys[2], count, transformer.hidden_size, config.matching.head_size)
     return State(
-        student=begin(fresh(keys[0]), chosen.student),
+        student=begin(fresh(keys[0]), optimizers.student),
         ema=fresh(keys[0]),
-        proxy=begin(fresh(keys[1]), chosen.proxy),
-        heads=begin(heads, chosen.heads),
+        proxy=begin(fresh(keys[1]), optimizers.proxy),
+        heads=begin(heads, optimizers.heads),
     )
 
 
-def update_program(mesh: Mesh, state: State) -> Any:
+def update_program(mesh: Mesh) -> Any:
     """The program of all updates: `update, state, teacher, batch, key -> state, metrics`. It takes over the arrays of
     the state. The update is an argument, so that what of it is data does not compile anew."""
-    shardings = (parameter_shardings(mesh, state), replicated(mesh))
+
+    def run(update: Update, state: State, teacher: Params, batch: Batch, key: Array) -> tuple[State, Metrics]:
+        made = update(state, teacher, batch, key)
+        return jax.lax.with_sharding_constraint(made, (parameter_shardings(mesh, made[0]), replicated(mesh)))
+
     options = GPU_TRAINING_OPTIONS if jax.default_backend() == "gpu" else None
-    return jax.jit(operator.call, donate_argnums=1, out_shardings=shardings, compiler_options=options)
+    return jax.jit(run, donate_argnums=1, compiler_options=options)
 
 
 def in_parts(mesh: Mesh, make: Callable[..., Any], *arguments: Any) -> Any:
@@ -103,15 +119,24 @@ def trajectory_schedule(config: TrajectoryConfig) -> optax.Schedule:
     return optax.cosine_decay_schedule(config.learning_rate, max(1, config.updates))
 
 
-def optimizers(config: DistillConfig, learning_rate: optax.Schedule) -> Optimizers:
-    """Adam on clipped gradients; without momentum, since every network learns against another that moves (DMD2).
+def trajectory_optimizer(config: TrajectoryConfig) -> optax.GradientTransformation:
+    schedule = trajectory_schedule(config)
+    return blockwise_muon(schedule) if config.optimizer == "muon" else without_momentum(schedule)
+
+
+def without_momentum(rate: float | optax.Schedule) -> optax.GradientTransformation:
+    """Adam without momentum, since in distribution matching every network learns against another that moves (DMD2).
 
     `optax.adam(b1=0)` would keep a first moment all the same, of a whole model: this RMSprop is what it is without.
     """
+    return optax.rmsprop(rate, decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
 
-    def adam(rate: float | optax.Schedule) -> optax.GradientTransformation:
-        second_moment = optax.rmsprop(rate, decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
-        return optax.chain(optax.clip_by_global_norm(config.training.clip), second_moment)
 
-    matching = config.matching
-    return Optimizers(adam(learning_rate), adam(matching.proxy_learning_rate), adam(matching.head_learning_rate))
+def optimizers(config: DistillConfig, student: optax.GradientTransformation) -> Optimizers:
+    """A stage's optimizer of the student, and those of proxy and heads, all on clipped gradients."""
+
+    def clipped(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        return optax.chain(optax.clip_by_global_norm(config.training.clip), optimizer)
+
+    proxy, heads = config.matching.proxy_learning_rate, config.matching.head_learning_rate
+    return Optimizers(clipped(student), clipped(without_momentum(proxy)), clipped(without_momentum(heads)))

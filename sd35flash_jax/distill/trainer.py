@@ -18,6 +18,7 @@ import hashlib
 import math
 import shutil
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -124,8 +125,8 @@ class Trainer:
         whole = replicated(self.mesh)
         self.key = jax.jit(jax.random.key, out_shardings=whole)(config.training.seed)
         # What does not divide over the devices is refused here; so far the teacher's weights are shapes.
-        begin_all = partial(initial_state, config, self.described)
-        parameter_shardings(self.mesh, jax.eval_shape(begin_all, parameters(self.structure), self.key))
+        for stage in self.stages:
+            parameter_shardings(self.mesh, jax.eval_shape(self._begun(stage), parameters(self.structure), self.key))
         read = [name for name in self.described.components if name != "vae"]
         self.digest = weights_digest(Path(config.teacher.checkpoint).expanduser(), read)
         self.manager = self._open_progress()
@@ -135,7 +136,7 @@ class Trainer:
         self.teacher: Params = jax.device_put(params, parameter_shardings(self.mesh, params))
         del params  # whole on every device
         self.pipeline = FlashPipeline.from_checkpoint(self.loaded, config.training.max_t5_tokens)
-        self.state = in_parts(self.mesh, begin_all, self.teacher, self.key)
+        self.state = in_parts(self.mesh, self._begun(self._coming()), self.teacher, self.key)
         self.kept: dict[str, Params] = {}
         self.unread: deque[tuple[str, int, int, Metrics]] = deque()
 
@@ -151,7 +152,7 @@ class Trainer:
 
     def _run_stages(self) -> None:
         total = sum(stage.updates for stage in self.stages)
-        update = update_program(self.mesh, self.state)
+        update = update_program(self.mesh)
         with tqdm(total=total, initial=self.position, desc="distilling", disable=not self.progress) as bar:
             while self.stage < len(self.stages):
                 stage = self.stages[self.stage]
@@ -160,6 +161,14 @@ class Trainer:
                     self._update_once(stage, update, bar)
                 self._report(bar)
                 self._finish_stage(stage)
+
+    def _coming(self) -> Stage:
+        """The stage that is being done, or the last one when all are."""
+        return self.stages[min(self.stage, len(self.stages) - 1)]
+
+    def _begun(self, stage: Stage) -> Callable[[Params, Array], State]:
+        """What makes, of teacher and key, the state of a training that begins with a stage."""
+        return partial(initial_state, self.config, self.described, stage.update.optimizers)
 
     @property
     def position(self) -> int:
@@ -227,7 +236,7 @@ class Trainer:
 
         def go_on(state: State, student: Params) -> State:
             # An update takes over the arrays of its state, so that the state may not share them with `kept`.
-            learner = begin(jax.tree.map(jnp.copy, student), stage.update.optimizers.student)
+            learner = begin(jax.tree.map(jnp.copy, student), self._coming().update.optimizers.student)
             return replace(state, student=learner, ema=jax.tree.map(jnp.copy, student))
 
         self.state = in_parts(self.mesh, go_on, self.state, student)
@@ -288,6 +297,7 @@ class Trainer:
             return of_rows(self.teacher, key, self._by_rows(rows), self._conditioning(rows), self.negative)
 
         depends_on = (
+            "Adams-Bashforth",
             self.digest,
             self.described,
             (synthesis.levels, teaching.guidance, teaching.negative_prompt, teaching.cached),
@@ -360,6 +370,7 @@ class Trainer:
         return {
             "student.sigmas": list(self.config.student.sigmas),
             "student.lora_rank": self.config.student.lora_rank,
+            "trajectory.optimizer": self.config.trajectory.optimizer,
             "matching.head_size": self.config.matching.head_size,
             "SHA-256 of teacher.checkpoint": self.digest,
         }

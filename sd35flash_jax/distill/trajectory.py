@@ -22,9 +22,14 @@ def teacher_sigmas(student: np.ndarray, teacher: np.ndarray) -> tuple[np.ndarray
         teacher: `(teacher steps + 1,)`, falling to 0.
 
     Returns:
-        All levels that are in either, falling, and the index of each of the student's levels in them.
+        The student's levels and those of the teacher that are not close to one of them, falling, and the index of each
+        of the student's. Close is less than half a step of the teacher's: a step much shorter than the next is nothing
+        to extrapolate from.
     """
-    levels = np.union1d(student, teacher).astype(np.float32)[::-1]
+    steps = -np.diff(teacher)
+    shorter = np.minimum(np.append(steps, np.inf), np.append(np.inf, steps))
+    apart = np.abs(np.subtract.outer(teacher, student)).min(axis=1) > shorter / 2
+    levels = np.union1d(student, np.asarray(teacher)[apart]).astype(np.float32)[::-1]
     return levels, np.searchsorted(-levels, -np.asarray(student, np.float32))
 
 
@@ -35,9 +40,11 @@ def synthesize_trajectory(
     indices: Int[np.ndarray, " k+1"],
     conditioning: Any,
 ) -> Float[Array, "k+1 b ..."]:
-    """The teacher's trajectory by `n` Euler steps, at the student's levels alone.
+    """The teacher's trajectory by `n` steps of the second order (Adams-Bashforth: the velocity is taken to change as it
+    did since the step before), at the student's levels alone. The first is an Euler step.
 
-        x_(i+1) = x_i + (sigma_(i+1) - sigma_i) v_teacher(x_i, sigma_i)
+        x_(i+1) = x_i + h_i (v_i + (v_i - v_(i-1)) h_i / (2 h_(i-1)))
+        v_i = v_teacher(x_i, sigma_i),  h_i = sigma_(i+1) - sigma_i
 
     Args:
         teacher: the teacher's velocity, guided where guidance is wanted.
@@ -47,15 +54,20 @@ def synthesize_trajectory(
         conditioning: of the teacher.
     """
 
-    def step(latents: Array, level: tuple[Array, Array]) -> tuple[Array, None]:
-        sigma, following = level
-        return move(latents, evaluate(teacher, latents, sigma, conditioning), sigma, following), None
+    def step(state: tuple[Array, Array], level: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
+        (latents, earlier), (sigma, following, change) = state, level
+        velocity = evaluate(teacher, latents, sigma, conditioning)
+        extrapolated = velocity + change * (velocity - earlier)
+        return (move(latents, extrapolated, sigma, following), velocity), None
 
     sigmas = jnp.asarray(sigmas)
-    points = [noise]
+    lengths = jnp.diff(sigmas)
+    changes = jnp.concatenate([jnp.zeros(1), lengths[1:] / (2 * lengths[:-1])])
+    state, points = (noise, jnp.zeros_like(noise)), [noise]
     for start, stop in zip(indices, indices[1:]):
-        segment = (sigmas[start:stop], sigmas[start + 1 : stop + 1])
-        points.append(jax.lax.scan(step, points[-1], segment)[0])
+        segment = (sigmas[start:stop], sigmas[start + 1 : stop + 1], changes[start:stop])
+        state, _ = jax.lax.scan(step, state, segment)
+        points.append(state[0])
     return jnp.stack(points)
 
 

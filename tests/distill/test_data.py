@@ -54,13 +54,17 @@ NEGATIVE = text(1, 9)
 
 
 def numpy_trajectory(noise: np.ndarray, conditioning: Conditioning) -> list[np.ndarray]:
-    """Guided Euler steps from noise, at the student's levels."""
+    """Guided steps of the second order from noise, at the student's levels."""
     latents, points = noise, [noise]
     network = numpy_mlp(TEACHER)
-    for sigma, following in zip(LEVELS, LEVELS[1:]):
+    ratios = np.append(0, np.diff(LEVELS)[1:] / np.diff(LEVELS)[:-1])
+    earlier = np.zeros_like(noise)
+    for sigma, following, ratio in zip(LEVELS, LEVELS[1:], ratios):
         towards = network(latents, sigma, np.asarray(conditioning.pooled))
         away = network(latents, sigma, np.repeat(NEGATIVE.pooled, len(noise), 0))
-        latents = latents + (following - sigma) * (away + 2 * (towards - away))
+        velocity = away + 2 * (towards - away)
+        latents = latents + (following - sigma) * (velocity + ratio / 2 * (velocity - earlier))
+        earlier = velocity
         if following in (0.5, 0.0):
             points.append(latents)
     return points

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +29,10 @@ from sd35flash_jax.distill.config import (
     ShardingConfig,
     TeacherConfig,
     TrainingConfig,
+    TrajectoryConfig,
     read_distill_config,
 )
-from sd35flash_jax.distill.stages import optimizers
+from sd35flash_jax.distill.stages import optimizers, trajectory_optimizer, without_momentum
 from sd35flash_jax.distill.trainer import (
     LOSSES,
     Trainer,
@@ -65,7 +67,7 @@ def write_config(folder: Path, checkpoint: Path, **training: object) -> Path:
             "checkpoint_every": 1,
         }
         | training,
-        "trajectory": {"updates": UPDATES["trajectory"], "learning_rate": 1e-3},
+        "trajectory": {"updates": UPDATES["trajectory"], "learning_rate": 1e-3, "optimizer": "muon"},
         "matching": {"updates": UPDATES["matching"], "learning_rate": 1e-3, "proxy_updates": 1, "head_size": 8},
         "split": {"updates": UPDATES["split-low"]},
     }
@@ -550,7 +552,7 @@ def test_what_was_half_written_is_removed_and_what_is_whole_stays(tmp_path):
 def adam_and_ours(rate: float) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     config = DistillConfig(TeacherConfig("teacher"), TrainingConfig("prompts.txt", "run", clip=1.0))
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.0))
-    return adam, optimizers(config, optax.constant_schedule(rate)).student
+    return adam, optimizers(config, without_momentum(rate)).student
 
 
 def test_the_optimizer_takes_the_steps_of_adam_without_momentum():
@@ -578,6 +580,16 @@ def test_the_optimizer_keeps_one_moment_of_each_parameter():
         for optimizer in adam_and_ours(1e-3)
     ]
     assert sizes == [2 * 205, 205]
+
+
+def test_muon_keeps_one_moment_of_a_blocks_kernel_and_adam_two_of_all_else():
+    shapes = {"dual_blocks.image.attention.qkv.kernel": (3, 8, 24), "last_block.image.attention.qkv.kernel": (8, 24)}
+    shapes |= {"patch_embed.kernel": (4, 8), "dual_blocks.image.attention.qkv.bias": (3, 24)}
+    optimizer = trajectory_optimizer(TrajectoryConfig(optimizer="muon"))
+    moments = optimizer.init({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    paths = [keys[-1] for keys, _ in jax.tree_util.tree_leaves_with_path(moments)]
+    kept = Counter(key.key for key in paths if isinstance(key, jax.tree_util.DictKey) and key.key in shapes)
+    assert kept == dict(zip(shapes, (1, 1, 2, 2)))
 
 
 # Losses

@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sd35flash_jax.distill.flow import evaluate, guided, rollout
 from sd35flash_jax.distill.trajectory import (
@@ -25,21 +27,59 @@ def draw():
 def test_the_teachers_levels_hold_the_students(steps):
     student = np.array(SIGMAS[steps], np.float32)
     levels, indices = teacher_sigmas(student, shifted_sigmas(32, 3.0))
-    assert (np.diff(levels) < 0).all() and len(levels) <= 33 + steps
+    assert (np.diff(levels) < 0).all() and 33 <= len(levels) <= 33 + steps
     np.testing.assert_array_equal(levels[indices], student)
 
 
-def test_a_trajectory_is_the_teachers_euler_steps_at_the_students_levels(draw):
+@given(
+    student=st.lists(st.floats(2**-6, 1 - 2**-6, width=32), max_size=4, unique=True),
+    steps=st.integers(1, 50),
+    shift=st.floats(0.5, 8.0),
+)
+def test_no_step_beside_a_students_level_is_much_shorter_than_the_teachers(student, steps, shift):
+    student, teacher = np.array([1.0, *sorted(student, reverse=True), 0.0]), shifted_sigmas(steps, shift)
+    levels, indices = teacher_sigmas(student, teacher)
+    np.testing.assert_array_equal(levels[indices], np.float32(student))
+    own = np.setdiff1d(levels, np.float32(student))
+    assert np.isin(own, np.float32(teacher)).all()
+    for level in own:
+        at = np.flatnonzero(np.float32(teacher) == level)[0]
+        shorter = min(teacher[at - 1] - teacher[at], teacher[at] - teacher[at + 1])
+        assert np.abs(student - level).min() > 0.49 * shorter
+
+
+def test_a_trajectory_is_the_teachers_steps_of_adams_and_bashforth_at_the_students_levels(draw):
     teacher, conditioning = random_mlp(1), draw.standard_normal((3, 3))
     noise = draw.standard_normal((3, 2))
     levels, indices = teacher_sigmas(np.array(SIGMAS[2]), np.linspace(1, 0, 8))
-    latents, points = noise, [noise]
-    for sigma, following in zip(levels, levels[1:]):
-        latents = latents + (following - sigma) * numpy_mlp(teacher)(latents, sigma, conditioning)
-        if following in SIGMAS[2]:
-            points.append(latents)
+    points = adams_bashforth(teacher, noise, levels, conditioning, SIGMAS[2])
     trajectory = synthesize_trajectory(mlp(teacher), jnp.array(noise), levels, indices, conditioning)
     np.testing.assert_allclose(trajectory, points, atol=1e-5)
+
+
+def adams_bashforth(teacher, noise, levels, conditioning, kept):
+    """The points at the levels that are kept: the straight line through the last two velocities is integrated."""
+    latents, points, known = noise, [noise], []
+    for sigma, following in zip(levels.astype(float), levels[1:].astype(float)):
+        known.append((sigma, numpy_mlp(teacher)(latents, sigma, conditioning)))
+        (earlier, then), (_, now) = known[-2:] if len(known) > 1 else [(sigma + 1, known[0][1]), *known]
+        middle = now + (now - then) / (sigma - earlier) * ((sigma + following) / 2 - sigma)
+        latents = latents + (following - sigma) * middle
+        if following in kept:
+            points.append(latents)
+    return points
+
+
+def test_twice_as_many_steps_are_four_times_as_exact(draw):
+    teacher, conditioning = random_mlp(1), jnp.array(draw.standard_normal((20, 3)))
+    noise = jnp.array(draw.standard_normal((20, 2)))
+
+    def end(steps):
+        levels, indices = teacher_sigmas(np.array(SIGMAS[4]), shifted_sigmas(steps, 2.0))
+        return np.asarray(synthesize_trajectory(mlp(teacher), noise, levels, indices, conditioning)[-1])
+
+    coarse, fine = (np.abs(end(steps) - end(640)).mean() for steps in (20, 40))
+    assert coarse / fine > 3
 
 
 def test_guidance_moves_the_velocity_away_from_the_negative_one(draw):

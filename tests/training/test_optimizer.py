@@ -6,7 +6,7 @@ import pytest
 
 from sd35flash_jax.checkpoint import parameter_shapes
 from tests.training.tiny import TINY
-from training.optimizer import adam, blockwise_muon
+from training.optimizer import adam, muon
 
 IN_BLOCKS = (
     "transformer.dual_blocks.image.second_attention.qkv.kernel",
@@ -41,7 +41,7 @@ def updated():
         shape = parameter_shapes(component, TINY)[own]
         params[path] = jnp.array(draw.standard_normal(shape, np.float32))
         gradients[path] = jnp.array(draw.choice([-1, 1], shape) * draw.uniform(0.5, 1, shape), jnp.float32)
-    return params, gradients, first_update(blockwise_muon(params), gradients, params)
+    return params, gradients, first_update(muon(), gradients, params)
 
 
 def matrices(array):
@@ -61,7 +61,7 @@ def test_a_kernel_in_a_block_gets_a_nearly_orthogonal_update_of_one_size_against
 def test_kernels_in_blocks_shrink_and_nothing_else_does(updated):
     params, gradients, _ = updated
     nothing = {path: jnp.zeros_like(array) for path, array in gradients.items()}
-    for path, update in first_update(blockwise_muon(params), nothing, params).items():
+    for path, update in first_update(muon(), nothing, params).items():
         expected = -0.02 * params[path] if path in IN_BLOCKS else nothing[path]
         np.testing.assert_allclose(update, expected, atol=1e-7, err_msg=path)
 
