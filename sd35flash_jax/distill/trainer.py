@@ -125,8 +125,8 @@ class Trainer:
         whole = replicated(self.mesh)
         self.key = jax.jit(jax.random.key, out_shardings=whole)(config.training.seed)
         # What does not divide over the devices is refused here; so far the teacher's weights are shapes.
-        for stage in self.stages:
-            parameter_shardings(self.mesh, jax.eval_shape(self._begun(stage), parameters(self.structure), self.key))
+        begun = self._begun(self.stages[0])  # All stages have parameters of the same shapes.
+        parameter_shardings(self.mesh, jax.eval_shape(begun, parameters(self.structure), self.key))
         read = [name for name in self.described.components if name != "vae"]
         self.digest = weights_digest(Path(config.teacher.checkpoint).expanduser(), read)
         self.manager = self._open_progress()
