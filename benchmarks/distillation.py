@@ -97,7 +97,7 @@ class Update:
             return update_program(self.mesh).lower(self.update, state, *others).compile()
 
     def _initial_state(self, teacher: Params, key: Array) -> State:
-        return initial_state(self.config, self.model, self.update.optimizers, teacher, key)
+        return initial_state(self.config, self.model, self.update.optimizers, teacher, teacher, key)
 
     def _random_batch(self, key: Array) -> Batch:
         """Micro-batches of unit noise: `TEXT_TOKENS` tokens of context, and latents of square images."""

@@ -24,12 +24,14 @@ section = validated(frozen=True, config=ConfigDict(extra="forbid"))
 
 @section
 class TrajectoryConfig:
-    """Stage (a), trajectory guidance. Its learning rate falls from `learning_rate` to 0. `optimizer` "adam" has no
-    momentum, as in the other stages; "muon" is Muon on the kernels of the blocks. The last `held_out` of the
-    trajectories that are cached are never trained on; the averaged student's loss on them is written every
-    `check_every` updates and after the last one."""
+    """Stage (a), trajectory guidance, from `points` of the "teacher"'s trajectory, or of the "student"'s own, from each
+    of which the teacher goes on: nothing of it can be cached, and a row of the batch is all steps in place of one. Its
+    learning rate falls from `learning_rate` to 0. `optimizer` "adam" has no momentum, as in the other stages; "muon" is
+    Muon on the kernels of the blocks. The last `held_out` of the trajectories that are cached are never trained on; the
+    averaged student's loss on them is written every `check_every` updates and after the last one."""
 
     updates: Count = 2000
+    points: Literal["teacher", "student"] = "teacher"
     optimizer: Literal["adam", "muon"] = "adam"
     learning_rate: Positive = 1e-6
     held_out: Count = 0
@@ -88,9 +90,11 @@ class TeacherConfig:
 
 @section
 class StudentConfig:
-    """The student: its own sigmas, without the final 0, and how it is trained: every parameter, or a LoRA of a rank
-    on the teacher (`lora_rank` 0 is every parameter). The proxy is trained in the same way."""
+    """The student: the `checkpoint` whose weights it begins with (the teacher's, unless given), its own sigmas, without
+    the final 0, and how it is trained: every parameter, or a LoRA of a rank on the teacher (`lora_rank` 0 is every
+    parameter). The proxy is trained in the same way, and begins as the teacher."""
 
+    checkpoint: str | None = None
     sigmas: tuple[Level, ...] = (1.0, 0.75, 0.5, 0.25)
     lora_rank: Count = 0
 
@@ -201,6 +205,8 @@ def _check_consistency(config: DistillConfig) -> None:
         )
     if held_out % part:
         raise ValueError(f"trajectory.held_out {held_out} is not a multiple of {part}, the rows of a micro-batch")
+    if config.student.checkpoint and config.student.lora_rank:
+        raise ValueError("a LoRA begins as the teacher; leave out student.checkpoint, or set student.lora_rank=0")
     if config.split.updates and config.student.lora_rank:
         raise ValueError("the branches of stage (c) cannot be interpolated as LoRAs; set split.updates=0")
     if config.split.updates:

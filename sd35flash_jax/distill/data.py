@@ -22,7 +22,7 @@ from sd35flash_jax.checkpoint import written_whole
 from sd35flash_jax.distill.flow import Velocity, guided
 from sd35flash_jax.distill.text_dropout import drop_text_encoders
 from sd35flash_jax.distill.trajectory import synthesize_trajectory
-from sd35flash_jax.distill.updates import Batch
+from sd35flash_jax.distill.updates import Batch, Teaching
 from sd35flash_jax.sharding import row_sharding
 from sd35flash_jax.text import Conditioning
 
@@ -58,21 +58,20 @@ def _epoch(count: int, seed: int, epoch: int) -> Int[np.ndarray, " count"]:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """The teacher's guided trajectories from noise. `velocity` makes its parameters a network; `levels` are its noise
-    levels, of which those at `indices` are the student's; `shape` is that of one row of latents."""
+    """The teacher's guided trajectories from noise. `velocity` makes its parameters a network; `shape` is that of one
+    row of latents."""
 
     velocity: Callable[[PyTree], Velocity]
-    levels: tuple[float, ...]
-    indices: tuple[int, ...]
-    guidance: float
+    teaching: Teaching
     shape: tuple[int, ...]
 
     def __call__(
         self, teacher: PyTree, noise: Float[Array, "b ..."], conditioning: Any, negative: Any
     ) -> Float[Array, "k+1 b ..."]:
         """The points at the student's levels."""
-        strong = guided(self.velocity(teacher), conditioning, negative, self.guidance)
-        return synthesize_trajectory(strong, noise, jnp.array(self.levels), np.array(self.indices), conditioning)
+        levels, indices = jnp.array(self.teaching.levels), np.array(self.teaching.indices)
+        strong = guided(self.velocity(teacher), conditioning, negative, self.teaching.guidance)
+        return synthesize_trajectory(strong, noise, levels, indices, conditioning)
 
     def of_rows(
         self, teacher: PyTree, key: Array, numbers: Int[Array, " b"], conditioning: Any, negative: Any

@@ -21,15 +21,18 @@ from sd35flash_jax.distill.lora import Params, init_lora
 from sd35flash_jax.distill.mmdit import mmdit_networks
 from sd35flash_jax.distill.muon import blockwise_muon
 from sd35flash_jax.distill.split_timestep import branch_steps
+from sd35flash_jax.distill.trajectory import teacher_sigmas
 from sd35flash_jax.distill.updates import (
     Batch,
     MatchingUpdate,
     Metrics,
     Optimizers,
     State,
+    Teaching,
     TrajectoryUpdate,
     begin,
 )
+from sd35flash_jax.schedule import shifted_sigmas
 from sd35flash_jax.sharding import parameter_shardings, replicated
 
 Update = TrajectoryUpdate | MatchingUpdate
@@ -51,7 +54,8 @@ def make_stages(config: DistillConfig, model: ModelConfig) -> list[Stage]:
     networks = mmdit_networks(model, lora, depths, config.training.rematerialise)
     sigmas, ema = (*config.student.sigmas, 0.0), config.training.ema
     first = optimizers(config, trajectory_optimizer(config.trajectory))
-    guidance = TrajectoryUpdate(networks, first, sigmas, ema)
+    corrections = teaching(config, model) if config.trajectory.points == "student" else None
+    guidance = TrajectoryUpdate(networks, first, sigmas, ema, corrections)
     second = optimizers(config, without_momentum(config.matching.learning_rate))
     matching = MatchingUpdate(networks, second, sigmas, (0, len(sigmas) - 1), ema, config.matching)
     stages = [
@@ -66,27 +70,34 @@ def make_stages(config: DistillConfig, model: ModelConfig) -> list[Stage]:
     return stages
 
 
+def teaching(config: DistillConfig, model: ModelConfig) -> Teaching:
+    """How the teacher makes the trajectories of stage (a)."""
+    own_levels = shifted_sigmas(config.teacher.steps, config.teacher.shift or model.schedule.shift)
+    levels, indices = teacher_sigmas(np.array((*config.student.sigmas, 0.0)), own_levels)
+    return Teaching(tuple(map(float, levels)), tuple(map(int, indices)), config.teacher.guidance)
+
+
 def initial_state(
-    config: DistillConfig, model: ModelConfig, optimizers: Optimizers, teacher: Params, key: Array
+    config: DistillConfig, model: ModelConfig, optimizers: Optimizers, teacher: Params, start: Params, key: Array
 ) -> State:
-    """Student and proxy as the teacher is, or as LoRAs that change nothing yet, and random heads."""
+    """The student as `start` is and the proxy as the teacher, or LoRAs that change nothing yet, and random heads."""
     assert model.transformer is not None
     transformer = model.transformer
     structure = abstract_component("transformer", model)
-    trained = {path: teacher[path] for path in parameters(structure, nnx.Param)}  # all but stored tables
+    trained = parameters(structure, nnx.Param)  # all but stored tables
     keys = jax.random.split(key, 3)
 
-    def fresh(key: Array) -> Params:
+    def fresh(key: Array, whole: Params) -> Params:
         if config.student.lora_rank:
-            return init_lora(key, trained, config.student.lora_rank)
-        return {path: jnp.array(array, jnp.float32) for path, array in trained.items()}
+            return init_lora(key, {path: teacher[path] for path in trained}, config.student.lora_rank)
+        return {path: jnp.array(whole[path], jnp.float32) for path in trained}
 
     count = len(head_depths(transformer.depth))
     heads = init_heads(keys[2], count, transformer.hidden_size, config.matching.head_size)
     return State(
-        student=begin(fresh(keys[0]), optimizers.student),
-        ema=fresh(keys[0]),
-        proxy=begin(fresh(keys[1]), optimizers.proxy),
+        student=begin(fresh(keys[0], start), optimizers.student),
+        ema=fresh(keys[0], start),
+        proxy=begin(fresh(keys[1], teacher), optimizers.proxy),
         heads=begin(heads, optimizers.heads),
     )
 

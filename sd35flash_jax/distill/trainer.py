@@ -57,8 +57,8 @@ from sd35flash_jax.distill.data import (
 )
 from sd35flash_jax.distill.lora import Params, merge_lora
 from sd35flash_jax.distill.split_timestep import interpolate
-from sd35flash_jax.distill.stages import Stage, in_parts, initial_state, make_stages, update_program
-from sd35flash_jax.distill.trajectory import teacher_sigmas, whole_trajectory_loss
+from sd35flash_jax.distill.stages import Stage, in_parts, initial_state, make_stages, teaching, update_program
+from sd35flash_jax.distill.trajectory import whole_trajectory_loss
 from sd35flash_jax.distill.updates import (
     Batch,
     Metrics,
@@ -67,7 +67,7 @@ from sd35flash_jax.distill.updates import (
     begin,
 )
 from sd35flash_jax.pipeline import FlashPipeline, check_size
-from sd35flash_jax.schedule import choose_sigmas, shifted_sigmas
+from sd35flash_jax.schedule import choose_sigmas
 from sd35flash_jax.sharding import make_mesh, parameter_shardings, put, replicated, row_sharding
 from sd35flash_jax.text import Conditioning, clip_widths, read_prompts, token_counts, tokenize
 
@@ -119,6 +119,7 @@ class Trainer:
         check_division(config, self.mesh.size)
         self.described = read_config(config.teacher.checkpoint)
         self.model = check_teacher(config, self.described)
+        check_student(config, self.model)
         self.structure = abstract_component("transformer", self.described)
         self.sigmas = (*config.student.sigmas, 0.0)
         self.stages = make_stages(config, self.described)
@@ -126,7 +127,8 @@ class Trainer:
         self.key = jax.jit(jax.random.key, out_shardings=whole)(config.training.seed)
         # What does not divide over the devices is refused here; so far the teacher's weights are shapes.
         begun = self._begun(self.stages[0])  # All stages have parameters of the same shapes.
-        parameter_shardings(self.mesh, jax.eval_shape(begun, parameters(self.structure), self.key))
+        shapes = parameters(self.structure)
+        parameter_shardings(self.mesh, jax.eval_shape(begun, shapes, shapes, self.key))
         read = [name for name in self.described.components if name != "vae"]
         self.digest = weights_digest(Path(config.teacher.checkpoint).expanduser(), read)
         self.manager = self._open_progress()
@@ -136,7 +138,7 @@ class Trainer:
         self.teacher: Params = jax.device_put(params, parameter_shardings(self.mesh, params))
         del params  # whole on every device
         self.pipeline = FlashPipeline.from_checkpoint(self.loaded, config.training.max_t5_tokens)
-        self.state = in_parts(self.mesh, self._begun(self._coming()), self.teacher, self.key)
+        self.state = in_parts(self.mesh, self._begun(self._coming()), self.teacher, self._start(), self.key)
         self.kept: dict[str, Params] = {}
         self.unread: deque[tuple[str, int, int, Metrics]] = deque()
 
@@ -166,9 +168,19 @@ class Trainer:
         """The stage that is being done, or the last one when all are."""
         return self.stages[min(self.stage, len(self.stages) - 1)]
 
-    def _begun(self, stage: Stage) -> Callable[[Params, Array], State]:
-        """What makes, of teacher and key, the state of a training that begins with a stage."""
+    def _begun(self, stage: Stage) -> Callable[[Params, Params, Array], State]:
+        """What makes, of teacher, what the student begins as, and key, the state of a training that begins with a
+        stage."""
         return partial(initial_state, self.config, self.described, stage.update.optimizers)
+
+    def _start(self) -> Params:
+        """What the student begins as."""
+        checkpoint = self.config.student.checkpoint
+        if checkpoint is None:
+            return self.teacher
+        loaded = load_checkpoint(checkpoint, ["transformer"], "float32", replicated(self.mesh), self.progress)
+        params: Params = parameters(loaded.components["transformer"])
+        return jax.device_put(params, parameter_shardings(self.mesh, params))
 
     @property
     def position(self) -> int:
@@ -253,16 +265,8 @@ class Trainer:
         self.tokens = tokenize(self.pipeline.tokenizers, self.prompts, counts)
         self.negative = self.pipeline.encode([config.teacher.negative_prompt])
 
-        shifted = shifted_sigmas(config.teacher.steps, config.teacher.shift or self.described.schedule.shift)
-        levels, indices = teacher_sigmas(np.array(self.sigmas), shifted)
         size = (training.height // DOWNSAMPLING, training.width // DOWNSAMPLING, self.model.latent_channels)
-        synthesis = Synthesis(
-            self.stages[0].update.networks.teacher,
-            tuple(map(float, levels)),
-            tuple(map(int, indices)),
-            config.teacher.guidance,
-            size,
-        )
+        synthesis = Synthesis(self.stages[0].update.networks.teacher, teaching(config, self.described), size)
         widths = clip_widths(self.described)
         maker = BatchMaker(
             synthesis,
@@ -289,7 +293,7 @@ class Trainer:
         self.whole_loss = jax.jit(whole_loss, out_shardings=replicated(self.mesh))
 
     def _kept_trajectories(self, synthesis: Synthesis) -> np.ndarray:
-        teaching, training = self.config.teacher, self.config.training
+        config, training = self.config.teacher, self.config.training
         key = jax.random.fold_in(self.key, 2**32 - 1)  # Updates count up from 0.
         of_rows = jax.jit(synthesis.of_rows, out_shardings=replicated(self.mesh))
 
@@ -300,7 +304,7 @@ class Trainer:
             "Adams-Bashforth",
             self.digest,
             self.described,
-            (synthesis.levels, teaching.guidance, teaching.negative_prompt, teaching.cached),
+            (synthesis.teaching.levels, config.guidance, config.negative_prompt, config.cached),
             self.sigmas,
             self.prompts,
             training.seed,
@@ -309,9 +313,9 @@ class Trainer:
             synthesis.shape,
         )
         digest = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:12]
-        shape = (teaching.cached, len(self.sigmas), *synthesis.shape)
+        shape = (config.cached, len(self.sigmas), *synthesis.shape)
         path = self.folder / f"trajectories-{digest}.npy"
-        return kept_trajectories(path, shape, teaching.cache_batch or training.batch, synthesize, self.progress)
+        return kept_trajectories(path, shape, config.cache_batch or training.batch, synthesize, self.progress)
 
     def _conditioning(self, rows: np.ndarray) -> Conditioning:
         tokens: Any = {name: self._by_rows(ids[self.row_prompts[rows]]) for name, ids in self.tokens.items()}
@@ -332,7 +336,7 @@ class Trainer:
         rows = prompt_order(self.trained, training.seed, self.position, training.batch)
         real: Real = "samples" if self.config.matching.adversarial_weight else "nothing"
         if isinstance(stage.update, TrajectoryUpdate):
-            real = "trajectories"
+            real = "nothing" if stage.update.corrections else "trajectories"
         kept = None if self.trajectories is None or real == "nothing" else self.read_kept[real](self.position)
         return self.make_batch(self.teacher, self._conditioning(rows), self.negative, kept, key, real=real)
 
@@ -487,6 +491,20 @@ def check_teacher(config: DistillConfig, described: ModelConfig) -> MMDiTConfig:
     check_size(described, training.height, training.width)
     choose_sigmas(described.schedule, 1, config.student.sigmas)
     return described.transformer
+
+
+def check_student(config: DistillConfig, teacher: MMDiTConfig) -> None:
+    """Refuse a checkpoint that the student cannot begin with.
+
+    Raises:
+        ValueError: its transformer is not of the teacher's shape, or there is none.
+    """
+    checkpoint = config.student.checkpoint
+    if checkpoint is not None and read_config(checkpoint).transformer != teacher:
+        raise ValueError(
+            f"student.checkpoint {checkpoint} has no transformer of the shape of {config.teacher.checkpoint}; choose a "
+            "student of that teacher, or leave it out"
+        )
 
 
 def check_division(config: DistillConfig, devices: int) -> None:

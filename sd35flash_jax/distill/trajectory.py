@@ -1,7 +1,9 @@
 """Stage (a), trajectory guidance: the student learns to jump between points of the teacher's guided trajectory.
 
 Source: SD3.5-Flash (arXiv 2509.21318); the straight jump between two points of an ODE's trajectory is that of
-rectified flow (arXiv 2209.03003) and of its piecewise form (PeRFlow, arXiv 2405.07510).
+rectified flow (arXiv 2209.03003) and of its piecewise form (PeRFlow, arXiv 2405.07510). Jumps from the points that
+the student itself reaches, where the teacher says how to go on, are learning from an expert's corrections (DAgger,
+arXiv 1011.0686), as pi-Flow (arXiv 2510.14974) does for policies that are velocities.
 """
 
 from typing import Any
@@ -54,21 +56,43 @@ def synthesize_trajectory(
         conditioning: of the teacher.
     """
 
-    def step(state: tuple[Array, Array], level: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
-        (latents, earlier), (sigma, following, change) = state, level
-        velocity = evaluate(teacher, latents, sigma, conditioning)
-        extrapolated = velocity + change * (velocity - earlier)
-        return (move(latents, extrapolated, sigma, following), velocity), None
-
-    sigmas = jnp.asarray(sigmas)
-    lengths = jnp.diff(sigmas)
-    changes = jnp.concatenate([jnp.zeros(1), lengths[1:] / (2 * lengths[:-1])])
+    sigmas, changes = jnp.asarray(sigmas), _changes(sigmas, afresh=np.array([0]))
     state, points = (noise, jnp.zeros_like(noise)), [noise]
     for start, stop in zip(indices, indices[1:]):
-        segment = (sigmas[start:stop], sigmas[start + 1 : stop + 1], changes[start:stop])
-        state, _ = jax.lax.scan(step, state, segment)
+        state = _follow(teacher, state, sigmas, changes, start, stop, conditioning)
         points.append(state[0])
     return jnp.stack(points)
+
+
+def own_points(
+    student: Velocity,
+    teacher: Velocity,
+    noise: Float[Array, "b ..."],
+    sigmas: Float[Array, " n+1"],
+    indices: Int[np.ndarray, " k+1"],
+    conditioning: Any,
+) -> tuple[Float[Array, "k b ..."], Float[Array, "k b ..."]]:
+    """The points from which the student takes its steps, on its own trajectory from noise, and where the teacher comes
+    to from each of them at the student's next level, by steps as in `synthesize_trajectory`, begun anew at each point.
+
+    Args:
+        student: the student's velocity.
+        teacher: the teacher's velocity, guided where guidance is wanted.
+        noise: the first point, at `sigmas[0]`.
+        sigmas: the teacher's levels, as `teacher_sigmas` gives them.
+        indices: which of them are the student's.
+        conditioning: of the student, and of a teacher that does not bring its own.
+    """
+    sigmas, changes = jnp.asarray(sigmas), _changes(sigmas, afresh=indices[:-1])
+
+    def step(latents: Array, bounds: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        start, stop = bounds
+        end, _ = _follow(teacher, (latents, jnp.zeros_like(latents)), sigmas, changes, start, stop, conditioning)
+        velocity = evaluate(student, latents, sigmas[start], conditioning)
+        return move(latents, velocity, sigmas[start], sigmas[stop]), (latents, end)
+
+    _, (points, ends) = jax.lax.scan(step, noise, (jnp.array(indices[:-1]), jnp.array(indices[1:])))
+    return points, ends
 
 
 def trajectory_guidance_loss(
@@ -92,8 +116,24 @@ def trajectory_guidance_loss(
     sigmas = jnp.asarray(sigmas)
     rows = jnp.arange(trajectory.shape[1])
     here, there = trajectory[index, rows], trajectory[index + 1, rows]
-    chord = (there - here) / per_row(sigmas[index + 1] - sigmas[index], here)
-    error = evaluate(student, here, sigmas[index], conditioning) - jax.lax.stop_gradient(chord)
+    return chord_loss(student, here, there, sigmas[index], sigmas[index + 1], conditioning)
+
+
+def chord_loss(
+    student: Velocity,
+    here: Float[Array, "b ..."],
+    there: Float[Array, "b ..."],
+    sigma: Float[Array, " b"],
+    following: Float[Array, " b"],
+    conditioning: Any,
+) -> Float[Array, ""]:
+    """The student's velocity here is the straight line from here, at `sigma`, to there, at `following`; both are
+    constants.
+
+    L = E | v_student(here, sigma) - (there - here) / (following - sigma) |^2
+    """
+    chord = (there - here) / per_row(following - sigma, here)
+    error = evaluate(student, here, sigma, conditioning) - jax.lax.stop_gradient(chord)
     return jnp.mean(jnp.square(error))
 
 
@@ -106,3 +146,29 @@ def whole_trajectory_loss(
         return trajectory_guidance_loss(student, trajectory, sigmas, jnp.full(trajectory.shape[1], step), conditioning)
 
     return jax.lax.map(of_step, jnp.arange(len(trajectory) - 1)).mean()
+
+
+def _changes(sigmas: Float[Array, " n+1"], afresh: Int[np.ndarray, " starts"]) -> Float[Array, " n"]:
+    """By how much of the change since the step before a velocity is extrapolated: by none where it starts afresh."""
+    lengths = jnp.diff(jnp.asarray(sigmas))
+    return jnp.concatenate([jnp.zeros(1), lengths[1:] / (2 * lengths[:-1])]).at[afresh].set(0)
+
+
+def _follow(
+    teacher: Velocity,
+    state: tuple[Float[Array, "b ..."], Float[Array, "b ..."]],
+    sigmas: Float[Array, " n+1"],
+    changes: Float[Array, " n"],
+    start: Int[Array, ""] | int,
+    stop: Int[Array, ""] | int,
+    conditioning: Any,
+) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """Latents at `sigmas[start]`, and the velocity of the step before, to those at `sigmas[stop]`."""
+
+    def step(index: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        latents, earlier = state
+        velocity = evaluate(teacher, latents, sigmas[index], conditioning)
+        extrapolated = velocity + changes[index] * (velocity - earlier)
+        return move(latents, extrapolated, sigmas[index], sigmas[index + 1]), velocity
+
+    return jax.lax.fori_loop(start, stop, step, state)

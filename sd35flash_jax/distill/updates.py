@@ -34,7 +34,7 @@ from sd35flash_jax.distill.distribution_matching import (
 )
 from sd35flash_jax.distill.flow import Velocity, add_noise, guided, rollout, timesteps
 from sd35flash_jax.distill.split_timestep import average
-from sd35flash_jax.distill.trajectory import trajectory_guidance_loss
+from sd35flash_jax.distill.trajectory import chord_loss, own_points, trajectory_guidance_loss
 
 Features = Callable[[Float[Array, "b ..."], Float[Array, " b"], Any], Sequence[Float[Array, "b *t c"]]]
 """latents, timestep, conditioning -> intermediate features: a network with its parameters bound."""
@@ -72,7 +72,8 @@ class Batch:
 
     `conditioning` is the teacher's and the proxy's; `student` is the student's, of which text-encoder dropout may have
     taken some; `negative` is what guidance leads away from. `real` is the teacher's: trajectories `(m, k+1, b, ...)`
-    at the student's levels for stage (a), samples `(m, b, ...)` for stage (b).
+    at the student's levels for stage (a), samples `(m, b, ...)` for stage (b). An update that reads none of them takes
+    the latents' shape from it.
     """
 
     conditioning: Any
@@ -136,30 +137,63 @@ def accumulated_gradients(loss: Loss, params: PyTree, batch: PyTree, key: Array)
 # Stage (a)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["ema"], meta_fields=["networks", "optimizers", "sigmas"])
+@dataclass(frozen=True)
+class Teaching:
+    """How the teacher makes trajectories: its noise levels, of which those at `indices` are the student's, and its
+    guidance."""
+
+    levels: tuple[float, ...]
+    indices: tuple[int, ...]
+    guidance: float
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ema"],
+    meta_fields=["networks", "optimizers", "sigmas", "corrections"],
+)
 @dataclass(frozen=True)
 class TrajectoryUpdate:
-    """One update of stage (a): each row of the batch learns one step of its trajectory, drawn at random."""
+    """One update of stage (a): each row of the batch learns one step of its trajectory, drawn at random.
+
+    With `corrections`, the rows' own trajectories of the teacher are not read: each learns all the steps of the
+    student's own trajectory, of which the teacher goes on from every point.
+    """
 
     networks: Networks
     optimizers: Optimizers
     sigmas: tuple[float, ...]
     ema: float
+    corrections: Teaching | None = None
 
     def __call__(self, state: State, teacher: PyTree, batch: Batch, key: Array) -> tuple[State, Metrics]:
-        sigmas = jnp.array(self.sigmas)
-
         def loss(params: PyTree, micro: Batch, key: Array) -> tuple[Array, Metrics]:
-            rows = micro.real.shape[1]
-            index = jax.random.randint(key, (rows,), 0, len(self.sigmas) - 1)
             student = self.networks.student(params, teacher)
-            value = trajectory_guidance_loss(student, micro.real, sigmas, index, micro.student)
+            if self.corrections is None:
+                index = jax.random.randint(key, micro.real.shape[1:2], 0, len(self.sigmas) - 1)
+                value = trajectory_guidance_loss(student, micro.real, jnp.array(self.sigmas), index, micro.student)
+            else:
+                frozen = self.networks.student(state.student.params, teacher)
+                value = self._corrected(student, frozen, teacher, self.corrections, micro, key)
             return value, {"trajectory": value}
 
         gradients, metrics = accumulated_gradients(loss, state.student.params, batch, key)
         metrics["student_gradient"] = optax.tree.norm(gradients)
         student = descend(state.student, gradients, self.optimizers.student)
         return replace(state, student=student, ema=average(state.ema, student.params, self.ema)), metrics
+
+    def _corrected(
+        self, student: Velocity, frozen: Velocity, teacher: PyTree, teaching: Teaching, batch: Batch, key: Array
+    ) -> Array:
+        """The loss of all steps from the points of the student's own trajectory, which `frozen` makes."""
+        strong = guided(self.networks.teacher(teacher), batch.conditioning, batch.negative, teaching.guidance)
+        noise, indices = jax.random.normal(key, batch.real.shape), np.array(teaching.indices)
+        lines = own_points(frozen, strong, noise, jnp.array(teaching.levels), indices, batch.student)
+        # A row's steps stay together, so that rows that are cut over devices stay where they are.
+        here, there = (points.swapaxes(0, 1).reshape(-1, *noise.shape[1:]) for points in lines)
+        sigmas = jnp.tile(jnp.array(self.sigmas), (len(noise), 1))
+        conditioning = jax.tree.map(lambda array: jnp.repeat(array, len(indices) - 1, axis=0), batch.student)
+        return chord_loss(student, here, there, sigmas[:, :-1].ravel(), sigmas[:, 1:].ravel(), conditioning)
 
 
 # Stages (b) and (c)

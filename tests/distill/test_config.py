@@ -47,6 +47,7 @@ def test_overrides_set_single_values_of_any_type(path):
         ("student.sigmas=[0.9, 0.5]", "must fall strictly from 1"),
         ("student.sigmas=[1.0]", "leave split-timestep fine-tuning out"),
         ("student.lora_rank=8", "cannot be interpolated as LoRAs; set split.updates=0"),
+        ("trajectory.points=own", "trajectory.points: Input should be 'teacher' or 'student'"),
         ("training.micro_batches=3", "does not divide into 3 micro_batches"),
         ("trajectory.held_out=8", "trajectory.held_out 8 leaves none of teacher.cached 0 to train on"),
     ],
@@ -54,6 +55,11 @@ def test_overrides_set_single_values_of_any_type(path):
 def test_what_does_not_fit_is_refused_by_name(override, message, path):
     with pytest.raises(ValueError, match=message):
         read_distill_config(path, [override])
+
+
+def test_a_lora_cannot_begin_as_another_student(path):
+    with pytest.raises(ValueError, match=r"leave out student\.checkpoint, or set student\.lora_rank=0"):
+        read_distill_config(path, ["student.checkpoint=earlier", "student.lora_rank=8", "split.updates=0"])
 
 
 def test_held_out_trajectories_fill_whole_micro_batches(path):

@@ -21,6 +21,7 @@ from sd35flash_jax.distill.data import (
     weights_digest,
 )
 from sd35flash_jax.distill.trajectory import teacher_sigmas
+from sd35flash_jax.distill.updates import Teaching
 from sd35flash_jax.sharding import make_mesh
 from sd35flash_jax.text import Conditioning
 from tests.distill.networks import numpy_mlp, random_mlp
@@ -38,7 +39,7 @@ def velocity(params):
     )
 
 
-SYNTHESIS = Synthesis(velocity, tuple(map(float, LEVELS)), tuple(map(int, INDICES)), 2.0, (2,))
+SYNTHESIS = Synthesis(velocity, Teaching(tuple(map(float, LEVELS)), tuple(map(int, INDICES)), 2.0), (2,))
 MAKER = BatchMaker(SYNTHESIS, make_mesh(1), 2, 0.0, (1, 2), 1)
 
 

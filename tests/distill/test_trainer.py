@@ -364,7 +364,43 @@ def test_the_teachers_steps_lie_where_its_shift_puts_them(teacher_checkpoint, tm
     trainer.run()
     assert trainer.described.schedule.shift != 1.5
     expected, _ = teacher_sigmas(np.array([1.0, 0.5, 0.0]), shifted_sigmas(3, 1.5))
-    np.testing.assert_allclose(trainer.make_batch.__wrapped__.synthesis.levels, expected, atol=1e-6)
+    np.testing.assert_allclose(trainer.make_batch.__wrapped__.synthesis.teaching.levels, expected, atol=1e-6)
+
+
+def test_a_student_begins_with_the_weights_of_its_checkpoint_and_the_proxy_with_the_teachers(
+    teacher_checkpoint, tmp_path
+):
+    earlier = write_teacher(tmp_path / "earlier", seed=9)
+    trainer = Trainer(
+        read_distill_config(write_config(tmp_path, teacher_checkpoint), [f"student.checkpoint={earlier}"])
+    )
+    learners = (trainer.state.student.params, earlier), (trainer.state.ema, earlier), (trainer.state.proxy.params, None)
+    for learned, checkpoint in learners:
+        begun = load_checkpoint(checkpoint or teacher_checkpoint, ["transformer"], "float32").components["transformer"]
+        expected = parameters(begun)
+        assert all(np.array_equal(array, expected[path]) for path, array in learned.items())
+
+
+def test_a_students_checkpoint_of_another_shape_is_refused_before_it_is_loaded(teacher_checkpoint, tmp_path, capsys):
+    alone = replace(CONFIG, **dict.fromkeys(name for name in CONFIG.components if name != "transformer"))
+    components = {"transformer": random_parameters("transformer", 0, alone)}
+    save_checkpoint(tmp_path / "deeper", alone, components, source="tests")
+    config = write_config(tmp_path, teacher_checkpoint)
+    assert main(["distill", str(config), "--set", f"student.checkpoint={tmp_path / 'deeper'}"]) == 1
+    assert "has no transformer of the shape of" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_on_the_students_own_points_goes_on_bit_for_bit(teacher_checkpoint, tmp_path):
+    overrides = ["trajectory.points=student", "matching.updates=0", "split.updates=0", "trajectory.updates=6"]
+    folders = [tmp_path / "whole", tmp_path / "interrupted"]
+    configs = [read_distill_config(write_config(folder, teacher_checkpoint), overrides) for folder in folders]
+    run_interrupted(configs[1], 3)
+    for folder, config in zip(folders, configs):
+        distill(config)
+        assert float(read_losses(folder)[-1]["trajectory"]) < float(read_losses(folder)[0]["trajectory"])
+    whole, interrupted = map(student_arrays, folders)
+    assert all(np.array_equal(array, interrupted[path]) for path, array in whole.items())
 
 
 def test_a_retrained_teacher_at_the_same_path_gets_trajectories_of_its_own(tmp_path):

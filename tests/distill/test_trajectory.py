@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sd35flash_jax.distill.flow import evaluate, guided, rollout
 from sd35flash_jax.distill.trajectory import (
+    own_points,
     synthesize_trajectory,
     teacher_sigmas,
     trajectory_guidance_loss,
@@ -80,6 +81,20 @@ def test_twice_as_many_steps_are_four_times_as_exact(draw):
 
     coarse, fine = (np.abs(end(steps) - end(640)).mean() for steps in (20, 40))
     assert coarse / fine > 3
+
+
+@pytest.mark.parametrize("steps", [4, 1])
+def test_the_teacher_goes_on_from_each_point_of_the_students_own_trajectory(steps, draw):
+    student, teacher = random_mlp(2), random_mlp(1)
+    conditioning, latents = draw.standard_normal((3, 3)), draw.standard_normal((3, 2))
+    levels, indices = teacher_sigmas(np.array(SIGMAS[steps]), shifted_sigmas(7, 2.0))
+    points, ends = own_points(mlp(student), mlp(teacher), jnp.array(latents), levels, indices, conditioning)
+    assert len(points) == len(ends) == steps
+    for k, (start, stop) in enumerate(zip(indices, indices[1:])):
+        np.testing.assert_allclose(points[k], latents, atol=1e-5)
+        _, end = adams_bashforth(teacher, latents, levels[start : stop + 1], conditioning, [levels[stop]])
+        np.testing.assert_allclose(ends[k], end, atol=1e-5)
+        latents = latents + (levels[stop] - levels[start]) * numpy_mlp(student)(latents, levels[start], conditioning)
 
 
 def test_guidance_moves_the_velocity_away_from_the_negative_one(draw):

@@ -12,19 +12,22 @@ import pytest
 
 from sd35flash_jax.distill.adversarial import init_heads
 from sd35flash_jax.distill.config import MatchingConfig
+from sd35flash_jax.distill.flow import guided
 from sd35flash_jax.distill.split_timestep import branch_steps
+from sd35flash_jax.distill.trajectory import own_points, teacher_sigmas
 from sd35flash_jax.distill.updates import (
     Batch,
     MatchingUpdate,
     Networks,
     Optimizers,
     State,
+    Teaching,
     TrajectoryUpdate,
     accumulated_gradients,
     begin,
     full_networks,
 )
-from tests.distill.networks import mlp, mlp_features, random_mlp
+from tests.distill.networks import assert_same_gradients, mlp, mlp_features, numeric_gradient, numpy_mlp, random_mlp
 
 SIGMAS = {4: (1.0, 0.75, 0.5, 0.25, 0.0), 2: (1.0, 0.5, 0.0), 1: (1.0, 0.0)}
 MEAN, FACTOR = np.array([1.0, -0.5], np.float32), np.array([[0.8, 0.0], [0.5, 0.4]], np.float32)
@@ -239,6 +242,33 @@ def test_trajectory_guidance_lowers_its_loss(steps):
         state, metrics = update(state, TEACHER, batch, jax.random.key(index))
         losses.append(float(metrics["trajectory"]))
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("steps", [4, 1])
+def test_corrections_descend_the_error_at_the_students_own_points_and_not_through_them(steps):
+    sigmas, optimizers = SIGMAS[steps], replace(OPTIMIZERS, student=optax.sgd(1.0))
+    levels, indices = teacher_sigmas(np.array(sigmas), np.linspace(1, 0, 8))
+    teaching = Teaching(tuple(map(float, levels)), tuple(map(int, indices)), 2.0)
+    update = TrajectoryUpdate(full_networks(mlp, mlp_features), optimizers, sigmas, 0.9, teaching)
+    state, batch, key = mlp_state(), mlp_batch(), jax.random.key(5)
+    after, metrics = jax.jit(update, compiler_options=QUICK)(state, TEACHER, batch, key)
+
+    text, away, student = batch.conditioning[0], batch.negative[0], state.student.params
+    noise = jax.random.normal(jax.random.split(key, 1)[0], (8, 2))
+    teacher = guided(mlp(TEACHER), text, away, 2.0)
+    points, ends = map(np.asarray, own_points(mlp(student), teacher, noise, levels, indices, text))
+
+    def twin(params):
+        errors = [
+            numpy_mlp(params)(here, sigma, text) - (there - here) / (following - sigma)
+            for here, there, sigma, following in zip(points, ends, sigmas, sigmas[1:])
+        ]
+        return np.square(errors).mean()
+
+    exact = {name: np.asarray(array, float) for name, array in student.items()}
+    assert float(metrics["trajectory"]) == pytest.approx(twin(exact), rel=1e-4)
+    descent = jax.tree.map(lambda old, new: old - new, student, after.student.params)
+    assert_same_gradients(descent, numeric_gradient(twin, exact))
 
 
 def test_accumulated_gradients_are_the_mean_over_micro_batches():
