@@ -27,8 +27,9 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "training" / "distill_flash.toml"
 
 
-def test_the_recipe_distils_the_kept_teacher_at_its_own_size(monkeypatch):
-    config = read_distill_config(RECIPE)
+@pytest.mark.parametrize("name", ["distill_flash.toml", "distill_flash_own.toml"])
+def test_the_recipe_distils_the_kept_teacher_at_its_own_size(name, monkeypatch):
+    config = read_distill_config(RECIPE.with_name(name))
     assert (config.training.height, config.training.width) == (OWN_SIZE, OWN_SIZE) == (FLASH_MINI.default_size,) * 2
     shift, even = 5, np.array([1, 0.75, 0.5, 0.25])
     np.testing.assert_allclose(config.student.sigmas, shift * even / (1 + (shift - 1) * even), atol=5e-9)
