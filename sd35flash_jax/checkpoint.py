@@ -21,11 +21,11 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -69,6 +69,9 @@ _WRITERS = 2  # One piece is copied to the system while the disk takes the one b
 
 # Orbax warns at every save that is not in its OCDBT format; ours is plain zarr by choice.
 logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
+
+
+AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
 class CheckpointError(ValueError):
@@ -162,7 +165,7 @@ def parameter_shapes(name: str, config: ModelConfig) -> Mapping[str, tuple[int, 
     return {path: tuple(array.shape) for path, array in parameters(abstract_component(name, config)).items()}
 
 
-def with_parameters(module: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
+def with_parameters(module: AnyModule, arrays: Mapping[str, Any]) -> AnyModule:
     """The module with other arrays at some of its dotted paths; the rest is shared."""
     graph, state = nnx.split(module)
     flat = [
@@ -481,6 +484,18 @@ def load_checkpoint(
             the checkpoint does not have; the message says which.
         ValueError: `dtype` is not one of the two.
     """
+    return read_weights(path, open_checkpoint(path, components, dtype, device, stacked), progress)
+
+
+def open_checkpoint(
+    path: str | os.PathLike,
+    components: Sequence[str] | None = None,
+    dtype: str = "bfloat16",
+    device: jax.Device | jax.sharding.Sharding | None = None,
+    stacked: bool = True,
+) -> Checkpoint:
+    """What `load_checkpoint` returns, with a `ShapeDtypeStruct` in place of each parameter: programs can be compiled
+    for it while `read_weights` brings the weights."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     folder = Path(path).expanduser()
@@ -493,13 +508,37 @@ def load_checkpoint(
         )
     _check_files(folder, wanted)
     sharding = jax.device_put(0, device).sharding  # what JAX makes of a device, a sharding, or its default
-    modules = {name: abstract_component(name, config, stacked) for name in wanted}
-    total = sum(array.size * np.dtype(dtype).itemsize for m in modules.values() for array in parameters(m).values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-        restored = {
-            name: _restore(folder / name, module, np.dtype(dtype), sharding, bar) for name, module in modules.items()
-        }
-    return Checkpoint(config, restored, tokenizer_folders(folder, wanted))
+    placed = partial(jax.ShapeDtypeStruct, dtype=np.dtype(dtype), sharding=sharding)
+    modules: dict[str, nnx.Module] = {}
+    for name in wanted:
+        module = abstract_component(name, config, stacked)
+        modules[name] = with_parameters(module, {k: placed(v.shape) for k, v in parameters(module).items()})
+    return Checkpoint(config, modules, tokenizer_folders(folder, wanted))
+
+
+def read_weights(path: str | os.PathLike, opened: Checkpoint, progress: bool = False) -> Checkpoint:
+    """The checkpoint that `open_checkpoint` described, with its weights, of which several are read at a time.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    folder = Path(path).expanduser()
+    reads = {name: _reads(folder / name, module) for name, module in opened.components.items()}
+    wanted = [array for module in opened.components.values() for array in parameters(module).values()]
+    total = sum(array.size * array.dtype.itemsize for array in wanted)
+    readers = ThreadPoolExecutor(_READERS)
+    try:
+        reading = {name: {param: readers.submit(read) for param, read in own.items()} for name, own in reads.items()}
+        with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
+            for array in as_completed(future for own in reading.values() for future in own.values()):
+                bar.update(array.result().nbytes)
+    finally:
+        readers.shutdown(cancel_futures=True)
+    restored = {
+        name: with_parameters(module, {param: future.result() for param, future in reading[name].items()})
+        for name, module in opened.components.items()
+    }
+    return Checkpoint(opened.config, restored, opened.tokenizers)
 
 
 def open_stored(path: str | os.PathLike, name: str, config: ModelConfig) -> dict[str, StoredArray]:
@@ -555,26 +594,38 @@ def _check_files(folder: Path, components: Sequence[str]) -> None:
             )
 
 
-def _restore(
-    folder: Path, module: nnx.Module, dtype: np.dtype, sharding: jax.sharding.Sharding, bar: tqdm
-) -> nnx.Module:
-    graph, state = nnx.split(module)
+def _reads(folder: Path, module: nnx.Module) -> dict[str, Callable[[], jax.Array]]:
+    """Calls that bring each parameter of a module of `ShapeDtypeStruct`s from where it is stored to where it belongs,
+    by dotted path."""
     stores: dict[str, StoredArray] = {}
-    filled = []
-    for path, variable in nnx.to_flat_state(state):
-        shape = variable.get_value().shape
+    reads: dict[str, Callable[[], jax.Array]] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        wanted = variable.get_value()
         param, layer = _stored_path(module, path)
         if param not in stores:
             count = () if layer is None else (len(getattr(module, str(path[0]))),)
-            stores[param] = _open_stored(folder, param, (*count, *shape))
-        array = jax.make_array_from_callback(shape, sharding, partial(stores[param].read, dtype, layer))
-        filled.append((path, variable.replace(array)))
-        bar.update(array.nbytes)
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+            stores[param] = _open_stored(folder, param, (*count, *wanted.shape))
+        reads[_dotted(path)] = partial(_read, stores[param], layer, wanted)
+    return reads
 
 
-# The arrays are read with TensorStore, a few chunks at a time: Orbax itself would hold each on the host twice.
-_READING = ts.Context({"file_io_concurrency": {"limit": 4}, "cache_pool": {"total_bytes_limit": 0}})
+def _read(stored: StoredArray, layer: int | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    assert wanted.sharding is not None
+    read = partial(stored.read, np.dtype(wanted.dtype), layer)
+    # Waiting bounds what is in host memory to what the readers hold.
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, read).block_until_ready()
+
+
+# The arrays are read with TensorStore, a few at a time and out of the system's own memory of the files: Orbax itself
+# would hold each on the host twice.
+_READERS = 4
+_READING = ts.Context(
+    {
+        "file_io_concurrency": {"limit": _READERS},
+        "file_io_mode": {"mode": "memmap"},
+        "cache_pool": {"total_bytes_limit": 0},
+    }
+)
 _CPU_ALIGNMENT = 64
 
 

@@ -208,6 +208,7 @@ def _generate(options: argparse.Namespace) -> None:
         text_encoders=options.text_encoders,
         max_t5_tokens=options.max_t5_tokens,
         progress=True,
+        compile_for=(1, options.height, options.width),
     )
     for path, scale in loras:
         pipe.load_lora(path, scale)

@@ -5,10 +5,12 @@ import operator
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,10 +25,11 @@ from sd35flash_jax import compilation, sampling
 from sd35flash_jax.checkpoint import (
     Checkpoint,
     bundled_checkpoint,
-    load_checkpoint,
+    open_checkpoint,
     own_path,
     parameters,
     read_config,
+    read_weights,
     runs_stacked,
     with_parameters,
 )
@@ -94,6 +97,7 @@ class FlashPipeline:
         max_t5_tokens: int | None = None,
         device: jax.Device | jax.sharding.Sharding | None = None,
         progress: bool = False,
+        compile_for: tuple[int, int | None, int | None] | None = None,
     ) -> "FlashPipeline":
         """Load a checkpoint directory, and set up compilation as `sd35flash_jax.compilation` says.
 
@@ -106,6 +110,8 @@ class FlashPipeline:
             device: where all parameters live, a device or a sharding that replicates; JAX's default device unless
                 given.
             progress: show a bar on standard error.
+            compile_for: a batch, height and width, as `compile` takes them, that are compiled for while the weights
+                are read.
 
         Raises:
             ValueError: an option is out of range.
@@ -124,14 +130,23 @@ class FlashPipeline:
         wanted = [name for name in present if name not in TEXT_ENCODERS]
         wanted += [name for name in present if name in TEXT_ENCODERS] if text_encoders is None else text_encoders
         stacked = runs_stacked(jax.device_put(0, device).sharding.device_set.pop().platform)
-        checkpoint = load_checkpoint(path, wanted, dtype, device, progress, stacked)
-        return cls.from_checkpoint(checkpoint, max_t5_tokens)
+        opened = open_checkpoint(path, wanted, dtype, device, stacked)
+        beside = ThreadPoolExecutor(2)
+        try:
+            tokenizers = beside.submit(_load_tokenizers, opened.tokenizers)
+            if compile_for is not None:
+                compiled = beside.submit(cls(opened.config, opened.components, {}, max_t5_tokens).compile, *compile_for)
+            weights = read_weights(path, opened, progress)
+            if compile_for is not None:
+                compiled.result()
+            return cls(weights.config, weights.components, tokenizers.result(), max_t5_tokens)
+        finally:
+            beside.shutdown(wait=False)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, max_t5_tokens: int | None = None) -> "FlashPipeline":
         """A pipeline of what `load_checkpoint` returned."""
-        tokenizers = {name: load_tokenizer(name, folder) for name, folder in checkpoint.tokenizers.items()}
-        return cls(checkpoint.config, checkpoint.components, tokenizers, max_t5_tokens)
+        return cls(checkpoint.config, checkpoint.components, _load_tokenizers(checkpoint.tokenizers), max_t5_tokens)
 
     def __call__(
         self,
@@ -196,6 +211,54 @@ class FlashPipeline:
         if guidance > 1:
             metadata = [own | {"negative_prompt": away} for own, away in zip(metadata, negatives)]
         return Result(images, latents, clock.seconds, metadata)
+
+    def compile(self, batch: int = 1, height: int | None = None, width: int | None = None) -> None:
+        """Compile all that a call for so many images of this size runs, so that the first one need not wait for it.
+
+        Raises:
+            ValueError: a size is not a positive multiple of 16 or too large for the model, the batch is not positive,
+                or the checkpoint lacks the transformer or the VAE.
+        """
+        height, width = _size(self.config, height, width)
+        check_size(self.config, height, width)
+        seeds = _seeds(0, batch)
+        model, transformer, vae = (
+            self._component("transformer").config,
+            self._frozen("transformer"),
+            self._frozen("vae"),
+        )
+        counts = token_counts(self.config, self.max_t5_tokens)
+        encoders = {name: self._frozen(name) for name in TEXT_ENCODERS if name in self.components}
+
+        # What a call passes, in the places where it does: the host's arrays have none.
+        placed = partial(jax.ShapeDtypeStruct, sharding=self.placement)
+        tokens = {name: jax.ShapeDtypeStruct((batch, counts[name]), np.int32) for name in encoders}
+        context = placed((batch, counts["clip_l"] + counts["t5"], model.context_size), self.dtype)
+        pooled = placed((batch, model.pooled_size), self.dtype)
+        shape = (height // DOWNSAMPLING, width // DOWNSAMPLING, model.latent_channels)
+        latents, pixels = placed((batch, *shape), np.float32), placed((batch, height, width, 3), np.float32)
+        timesteps = jax.ShapeDtypeStruct((sampling.STEPS_MODULATED, batch), np.float32)
+        weight = jax.ShapeDtypeStruct((), np.float32)
+
+        with ThreadPoolExecutor() as compilers:
+            compiling = []
+
+            def compile(program: Any) -> None:
+                compiling.append(compilers.submit(program.compile))
+
+            compile(_noise.lower(seeds, shape))
+            compile(_round_to_bytes.lower(pixels))
+            with self._precision():
+                if encoders:
+                    options = {"config": self.config, "t5_tokens": self.max_t5_tokens}
+                    compile(encode_tokens.lower(encoders, tokens, **options))
+                prepared = sampling.modulations.lower(transformer, timesteps, pooled)
+                compile(prepared)
+                modulation = jax.tree.map(lambda out: placed(out.shape, out.dtype), prepared.out_info[0])
+                compile(sampling.add_velocity.lower(transformer, latents, modulation, context, weight, latents))
+                compile(_decode.lower(vae, latents))
+            for compiled in compiling:
+                compiled.result()
 
     def load_lora(self, path: str | os.PathLike, scale: float = 1.0) -> None:
         """Merge a LoRA into the loaded components, on top of those loaded before. Nothing recompiles.
@@ -423,6 +486,10 @@ class FlashPipeline:
         return Conditioning(
             jnp.broadcast_to(context, (batch, *context.shape[1:])), jnp.broadcast_to(pooled, (batch, *pooled.shape[1:]))
         )
+
+
+def _load_tokenizers(folders: Mapping[str, Path]) -> "dict[str, PreTrainedTokenizerBase]":
+    return {name: load_tokenizer(name, folder) for name, folder in folders.items()}
 
 
 def image_bytes(pixels: Float[Array, "b H W 3"]) -> UInt8[np.ndarray, "b H W 3"]:

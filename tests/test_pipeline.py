@@ -28,6 +28,26 @@ def test_nothing_recompiles_for_a_new_prompt_seed_guidance_step_count_or_sigmas(
     assert compilations == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_call_compiles_nothing_where_its_size_was_compiled_for_while_the_weights_were_read(
+    small_checkpoint, dtype, compilations
+):
+    pipe = FlashPipeline.from_pretrained(small_checkpoint, dtype, max_t5_tokens=24, compile_for=(2, 112, 80))
+    assert compilations, "the listener hears compilations"
+    compilations.clear()
+    pipe(["a red fox", "two cats"], height=112, width=80, guidance=2.0)
+    assert compilations == []
+
+
+def test_what_cannot_be_compiled_for_is_refused(pipe, tmp_path):
+    with pytest.raises(ValueError, match="height 100"):
+        pipe.compile(1, 100, 64)
+    with pytest.raises(ValueError, match="at least one image"):
+        pipe.compile(0)
+    with pytest.raises(ValueError, match="has no vae"):
+        FlashPipeline(pipe.config, {"transformer": pipe.components["transformer"]}, {}).compile()
+
+
 def test_denoising_is_guided_euler_integration_of_the_velocity(pipe):
     positive, negative = pipe.encode(["a red fox"]), pipe.encode(["rain"])
     noise = pipe.noise(3, 1, **SIZE)
