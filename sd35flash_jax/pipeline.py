@@ -31,6 +31,7 @@ from sd35flash_jax.checkpoint import (
     read_config,
     read_weights,
     runs_stacked,
+    tokenizer_folders,
     with_parameters,
 )
 from sd35flash_jax.config import DOWNSAMPLING, TEXT_ENCODERS, ModelConfig
@@ -118,7 +119,7 @@ class FlashPipeline:
             CheckpointError: the checkpoint is missing, damaged, or lacks a component that was asked for; or no path is
                 given and no model is bundled.
         """
-        path = bundled_checkpoint() if path is None else path
+        path = bundled_checkpoint() if path is None else Path(path).expanduser()
         compilation.configure()
         if isinstance(device, jax.sharding.Sharding) and not device.is_fully_replicated:
             raise ValueError(f"the pipeline runs on a device or on a sharding that replicates, not on {device}")
@@ -129,11 +130,12 @@ class FlashPipeline:
         present = read_config(path).components
         wanted = [name for name in present if name not in TEXT_ENCODERS]
         wanted += [name for name in present if name in TEXT_ENCODERS] if text_encoders is None else text_encoders
-        stacked = runs_stacked(jax.device_put(0, device).sharding.device_set.pop().platform)
-        opened = open_checkpoint(path, wanted, dtype, device, stacked)
         beside = ThreadPoolExecutor(2)
         try:
-            tokenizers = beside.submit(_load_tokenizers, opened.tokenizers)
+            # What takes Python's time, such as transformers' import, goes on beside what does not.
+            tokenizers = beside.submit(_load_tokenizers, tokenizer_folders(path, wanted))
+            stacked = runs_stacked(jax.device_put(0, device).sharding.device_set.pop().platform)
+            opened = open_checkpoint(path, wanted, dtype, device, stacked)
             if compile_for is not None:
                 compiled = beside.submit(cls(opened.config, opened.components, {}, max_t5_tokens).compile, *compile_for)
             weights = read_weights(path, opened, progress)
