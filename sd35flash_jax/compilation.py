@@ -2,17 +2,19 @@
 
 `configure` is called where a pipeline is loaded, never on import, and whatever the user has set wins:
 
-- `XLA_FLAGS` keeps every flag it has; ours are put before them, and only those it does not name. The updates of a
-  distillation alone have an option of their own.
+- `XLA_FLAGS` keeps every flag it has; ours are put before them, and only those it does not name. Some programs have
+  options of their own (`GPU_IN_ORDER`), again but for those it names.
 - `JAX_COMPILATION_CACHE_DIR` (or `jax.config`) chooses another folder, `JAX_ENABLE_COMPILATION_CACHE=0` turns the cache
   off, `JAX_COMPILATION_CACHE_MAX_SIZE` bounds it in bytes. Its folder can be deleted at any time.
 """
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -27,10 +29,15 @@ GPU_FLAGS: tuple[str, ...] = (
 )
 """What XLA is told on NVIDIA GPUs; `docs/performance.md` says what each gives."""
 
-GPU_TRAINING_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "LHS"}
-"""XLA's default again for an update of the distillation, whatever `XLA_FLAGS` say: kernels side by side cannot share
-memory, and what an update of a LoRA needs beside its state would grow from 13 to 32 GiB at SD3.5-medium's size."""
+GPU_IN_ORDER = {
+    "xla_gpu_graph_enable_concurrent_region": False,
+    "xla_gpu_command_buffer_scheduling_mode": "LHS",
+}
+"""XLA's defaults again, for programs that are better off without kernels side by side. These cannot share memory: what
+an update of a LoRA needs beside its state would grow from 13 to 32 GiB at SD3.5-medium's size. One evaluation of the
+transformer among many is faster without them too, by a tenth at 512 px."""
 
+_USERS_FLAGS = os.environ.get("XLA_FLAGS", "").strip()  # On import, before `configure` adds ours.
 _ENABLED = "jax_enable_compilation_cache"
 _FOLDER = "jax_compilation_cache_dir"
 _MIN_COMPILE_TIME = "jax_persistent_cache_min_compile_time_secs"
@@ -43,13 +50,21 @@ def configure() -> None:
     _use_persistent_cache()
 
 
+def gpu_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A program's own compiler options, on NVIDIA GPUs: those that the user's `XLA_FLAGS` do not name."""
+    if not _has_cuda_plugin() or _names_a_file(_USERS_FLAGS):
+        return None
+    named = {_flag_name(flag) for flag in _USERS_FLAGS.split()}
+    return {name: value for name, value in options.items() if name not in named}
+
+
 def with_flags(own: str, flags: Sequence[str]) -> str:
     """A user's XLA_FLAGS with those of `flags` added before them that they do not name themselves.
 
     XLA reads XLA_FLAGS that do not begin with a dash as the name of a file of flags; such are left alone.
     """
     own = own.strip()
-    if own and not own.startswith("-"):
+    if _names_a_file(own):
         return own
     named = {_flag_name(flag) for flag in own.split()}
     return " ".join([*(flag for flag in flags if _flag_name(flag) not in named), *own.split()])
@@ -65,10 +80,15 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sd35flash-jax" / "xla"
 
 
+def _names_a_file(flags: str) -> bool:
+    return bool(flags) and not flags.startswith("-")
+
+
 def _flag_name(flag: str) -> str:
     return flag.lstrip("-").split("=")[0]
 
 
+@cache
 def _has_cuda_plugin() -> bool:
     """Whether JAX for NVIDIA GPUs is installed. Elsewhere XLA may not know its flags, and an unknown one is fatal."""
     return any(plugin.name.startswith("xla_cuda") for plugin in entry_points(group="jax_plugins"))

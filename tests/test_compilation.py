@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from sd35flash_jax import compilation, save_checkpoint
@@ -93,6 +94,31 @@ def test_gpu_flags_are_set_only_where_jax_has_cuda(settings, monkeypatch):
     monkeypatch.setattr(compilation, "_has_cuda_plugin", lambda: True)
     compilation.configure()
     assert os.environ.pop("XLA_FLAGS") == "--xla_gpu_a=true --xla_gpu_b=2"
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [("", {"a": 1, "b": 2}), ("--b=3 --c=4", {"a": 1}), ("--a=3 --b", {}), ("flags.txt", None)],
+)
+def test_a_programs_own_options_leave_out_what_a_user_has_named(own, kept, monkeypatch):
+    monkeypatch.setattr(compilation, "_has_cuda_plugin", lambda: True)
+    monkeypatch.setattr(compilation, "_USERS_FLAGS", own)
+    assert compilation.gpu_options({"a": 1, "b": 2}) == kept
+    monkeypatch.setattr(compilation, "_has_cuda_plugin", lambda: False)
+    assert compilation.gpu_options({"a": 1, "b": 2}) is None
+
+
+def test_a_program_with_options_of_its_own_is_compiled_ahead_and_not_again(compilations):
+    """XLA for CPUs knows the options for GPUs too."""
+    program = jax.jit(lambda x: x + 1, compiler_options=compilation.GPU_IN_ORDER)
+    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    program.lower(jax.ShapeDtypeStruct((3,), np.float32, sharding=placed)).compile()
+    assert compilations, "the listener hears compilations"
+    array = jax.device_put(np.ones(3, np.float32), placed)
+    compilations.clear()
+    result = program(array)
+    assert compilations == []
+    np.testing.assert_array_equal(result, 2)
 
 
 @pytest.mark.skipif(not compilation.GPU_FLAGS, reason="there are none")
