@@ -5,7 +5,7 @@ import operator
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -137,7 +137,8 @@ class FlashPipeline:
             stacked = runs_stacked(jax.device_put(0, device).sharding.device_set.pop().platform)
             opened = open_checkpoint(path, wanted, dtype, device, stacked)
             if compile_for is not None:
-                compiled = beside.submit(cls(opened.config, opened.components, {}, max_t5_tokens).compile, *compile_for)
+                described = cls(opened.config, opened.components, {}, max_t5_tokens)
+                compiled = beside.submit(described.compile, *compile_for, progress)
             weights = read_weights(path, opened, progress)
             if compile_for is not None:
                 compiled.result()
@@ -214,8 +215,11 @@ class FlashPipeline:
             metadata = [own | {"negative_prompt": away} for own, away in zip(metadata, negatives)]
         return Result(images, latents, clock.seconds, metadata)
 
-    def compile(self, batch: int = 1, height: int | None = None, width: int | None = None) -> None:
+    def compile(
+        self, batch: int = 1, height: int | None = None, width: int | None = None, progress: bool = False
+    ) -> None:
         """Compile all that a call for so many images of this size runs, so that the first one need not wait for it.
+        `progress` shows a bar on standard error, below one that is there already.
 
         Raises:
             ValueError: a size is not a positive multiple of 16 or too large for the model, the batch is not positive,
@@ -224,11 +228,8 @@ class FlashPipeline:
         height, width = _size(self.config, height, width)
         check_size(self.config, height, width)
         seeds = _seeds(0, batch)
-        model, transformer, vae = (
-            self._component("transformer").config,
-            self._frozen("transformer"),
-            self._frozen("vae"),
-        )
+        model = self._component("transformer").config
+        transformer, vae = self._frozen("transformer"), self._frozen("vae")
         counts = token_counts(self.config, self.max_t5_tokens)
         encoders = {name: self._frozen(name) for name in TEXT_ENCODERS if name in self.components}
 
@@ -245,21 +246,23 @@ class FlashPipeline:
         with ThreadPoolExecutor() as compilers:
             compiling = []
 
-            def compile(program: Any) -> None:
+            def start(program: Any) -> None:
                 compiling.append(compilers.submit(program.compile))
 
-            compile(_noise.lower(seeds, shape))
-            compile(_round_to_bytes.lower(pixels))
+            start(_noise.lower(seeds, shape))
+            start(_round_to_bytes.lower(pixels))
             with self._precision():
                 if encoders:
                     options = {"config": self.config, "t5_tokens": self.max_t5_tokens}
-                    compile(encode_tokens.lower(encoders, tokens, **options))
+                    start(encode_tokens.lower(encoders, tokens, **options))
                 prepared = sampling.modulations.lower(transformer, timesteps, pooled)
-                compile(prepared)
+                start(prepared)
                 modulation = jax.tree.map(lambda out: placed(out.shape, out.dtype), prepared.out_info[0])
-                compile(sampling.add_velocity.lower(transformer, latents, modulation, context, weight, latents))
-                compile(_decode.lower(vae, latents))
-            for compiled in compiling:
+                start(sampling.add_velocity.lower(transformer, latents, modulation, context, weight, latents))
+                start(_decode.lower(vae, latents))
+            waiting = as_completed(compiling)
+            # On the second line: weights may be loading on the first.
+            for compiled in tqdm(waiting, "compiling", len(compiling), False, position=1, disable=not progress):
                 compiled.result()
 
     def load_lora(self, path: str | os.PathLike, scale: float = 1.0) -> None:
