@@ -72,7 +72,8 @@ def write_random_checkpoint(path: Path, config: ModelConfig) -> None:
 def measure(
     checkpoint: Path, size: int, dtype: str, repeats: int, progress: Callable[[str], object] = lambda line: None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Seconds and what `generate` says of its stages for each of `STATES`, `repeats` times but for the first.
+    """Seconds, how many programs were compiled and what `generate` says of its stages for each of `STATES`, `repeats`
+    times but for the first.
 
     Raises:
         ChildProcessError: an image could not be made.
@@ -85,22 +86,26 @@ def measure(
                     _evict(checkpoint)
                 run = _generate(checkpoint, size, dtype, Path(folder))
                 found.setdefault(state, []).append(run)
-                progress(f"{state}: {run['seconds']:.1f} s ({run['stages']})")
+                progress(f"{state}: {run['seconds']:.1f} s, {run['compiled']} programs compiled ({run['stages']})")
     return found
 
 
 def _generate(checkpoint: Path, size: int, dtype: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "sd35flash_jax.cli", "generate", PROMPT, "--checkpoint", str(checkpoint)]
     command += ["--height", str(size), "--width", str(size), "--dtype", dtype, "--output", str(folder / "image.png")]
+    # A cache of its own, whatever the user has set for theirs.
+    programs = folder / "programs"
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_COMPILATION_CACHE_DIR": str(programs)}
+    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    before = len(list(programs.glob("*-cache")))
     start = time.perf_counter()
-    run = subprocess.run(
-        command, env=os.environ | {"XDG_CACHE_HOME": str(folder)}, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     last = run.stderr.strip().splitlines()[-1:]
     if run.returncode:
         raise ChildProcessError(f"generate failed: {' '.join(last)}")
-    return {"seconds": seconds, "stages": " ".join(last)}
+    compiled = len(list(programs.glob("*-cache"))) - before
+    return {"seconds": seconds, "compiled": compiled, "stages": " ".join(last)}
 
 
 def _evict(checkpoint: Path) -> None:

@@ -28,7 +28,8 @@ def test_each_state_of_a_process_is_measured_and_programs_are_kept_from_the_firs
     report = read_json(output)
     assert list(report["runs"]) == list(first_image.STATES)
     cold, warm, from_disk = (runs[0] for runs in report["runs"].values())
-    assert cold["seconds"] > warm["seconds"] > 0 and from_disk["seconds"] > 0
+    assert cold["compiled"] > 5 and warm["compiled"] == from_disk["compiled"] == 0
+    assert min(run["seconds"] for run in (cold, warm, from_disk)) > 0
     assert all("denoise" in run["stages"] for run in (cold, warm, from_disk))
     printed = capsys.readouterr().out
     assert f"{warm['seconds']:.1f}" in printed and "programs of an earlier process" in printed
