@@ -23,7 +23,7 @@ GPU_FLAGS: tuple[str, ...] = (
     "--xla_gpu_enable_triton_gemm=false",
     # No joining of products of one operand: at one row it copies the weights, which costs more than it saves.
     "--xla_gpu_dot_merger_threshold_mb=0",
-    # Independent kernels, such as the two streams', run side by side in a CUDA graph.
+    # Independent kernels, such as the text encoders', run side by side in a CUDA graph, but see `GPU_IN_ORDER`.
     "--xla_gpu_graph_enable_concurrent_region=true",
     "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
 )

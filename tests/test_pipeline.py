@@ -39,7 +39,7 @@ def test_a_call_compiles_nothing_where_its_size_was_compiled_for_while_the_weigh
     assert compilations == []
 
 
-def test_what_cannot_be_compiled_for_is_refused(pipe, tmp_path):
+def test_what_cannot_be_compiled_for_is_refused(pipe):
     with pytest.raises(ValueError, match="height 100"):
         pipe.compile(1, 100, 64)
     with pytest.raises(ValueError, match="at least one image"):

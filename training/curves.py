@@ -46,8 +46,8 @@ def draw(runs: dict[str, dict[str, np.ndarray]], losses: Sequence[str], window: 
             raise ValueError(f"no run has the loss {loss!r}; there are {', '.join(sorted({*chain(*runs.values())}))}")
         for number, (name, run) in enumerate(runs.items()):
             if loss in run:
-                kernel = np.full(min(window, len(run[loss])), 1 / min(window, len(run[loss])))
-                smooth = (np.convolve(column, kernel, "valid") for column in run[loss].T)
+                width = min(window, len(run[loss]))
+                smooth = (np.convolve(column, np.full(width, 1 / width), "valid") for column in run[loss].T)
                 panel.plot(*smooth, f"C{number}", label=name)  # A run has one colour in all panels.
         panel.set(title=loss, xlabel="update")
         panel.legend(fontsize="small")
