@@ -14,7 +14,6 @@ _NORM_ROWS = 4
 
 
 def join_heads(
-    tokens: tuple[int, ...],
     heads: int,
     streams: Sequence[tuple[Float[Array, "b t c3"], tuple[Float[Array, " d"], Float[Array, " d"]] | None]],
     interpret: bool = False,
@@ -22,8 +21,8 @@ def join_heads(
     """Queries, keys and values of all streams, in one reading and one writing of each: see `layers.joined_heads`."""
     first = streams[0][0]
     batch, head_size = len(first), first.shape[-1] // 3 // heads
-    rows, keys = [qkv.shape[1] for qkv, _ in streams], sum(tokens)
-    query, key, value = (jnp.empty((batch, count, heads, head_size), first.dtype) for count in (sum(rows), keys, keys))
+    rows = [qkv.shape[1] for qkv, _ in streams]
+    query, key, value = (jnp.empty((batch, sum(rows), heads, head_size), first.dtype) for _ in range(3))
     for index, (qkv, scales) in enumerate(streams):
         query, key, value = _write_heads(qkv, scales, (query, key, value), sum(rows[:index]), interpret)
     return query, key, value
@@ -32,26 +31,25 @@ def join_heads(
 def _write_heads(
     qkv: Float[Array, "b t c3"],
     scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None,
-    into: tuple[Float[Array, "b q n d"], Float[Array, "b k n d"], Float[Array, "b k n d"]],
+    into: tuple[Float[Array, "b q n d"], Float[Array, "b q n d"], Float[Array, "b q n d"]],
     at: int,
     interpret: bool,
 ) -> tuple[Array, Array, Array]:
     """Cut a fused projection into heads, RMS-norm its queries and keys if they have scales, and write its rows into
-    `(query, key, value)` from row `at` on, in place; rows beyond the end of an array are dropped."""
+    `(query, key, value)` from row `at` on, in place."""
     batch, tokens, width = qkv.shape
     heads, head_size = into[0].shape[2:]
     heads_at_once = next(count for count in (4, 2, 1) if heads % count == 0)
     part = heads_at_once * head_size
-    limits = [min(tokens, array.shape[1] - at) for array in into]
 
     def kernel(qkv_ref, *refs):
         image, group = pl.program_id(0), pl.program_id(2)
         rows = pl.program_id(1) * _ROWS + jnp.arange(_ROWS)
         columns = group * part + jnp.arange(part)
         scale_refs = (*refs[: len(own)], None) if own else (None, None, None)
-        for third, (scale_ref, limit, out_ref) in enumerate(zip(scale_refs, limits, refs[-3:])):
+        mask = jnp.broadcast_to((rows < tokens)[:, None], (_ROWS, part))
+        for third, (scale_ref, out_ref) in enumerate(zip(scale_refs, refs[-3:])):
             place = qkv_ref.at[image, rows[:, None], third * (width // 3) + columns[None, :]]
-            mask = jnp.broadcast_to((rows < limit)[:, None], (_ROWS, part))
             x = plgpu.load(place, mask=mask, other=0.0)
             if scale_ref is not None:
                 wide = x.astype(jnp.float32).reshape(_ROWS * heads_at_once, head_size)

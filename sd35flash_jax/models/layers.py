@@ -28,28 +28,53 @@ def attention(
     key: Float[Array, "b s n d"],
     value: Float[Array, "b s n d"],
     *,
+    keys: int | None = None,
     bias: Float[Array, "1 n t s"] | None = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> Float[Array, "b t c"]:
-    """Softmax attention with heads merged on return; `scale` is 1/sqrt(d) unless given.
+    """Softmax attention with heads merged on return; `scale` is 1/sqrt(d) unless given. Of keys and values the first
+    `keys` take part, all unless given.
 
-    On an NVIDIA GPU cuDNN's flash kernel serves bfloat16 operands without bias and with heads of up to 128, on a CPU
-    `_attention_by_heads` what has neither bias nor mask; everything else takes XLA's own attention.
+    Without bias and mask, a kernel of our own serves bfloat16 operands with heads of 64 on a Hopper GPU, and
+    `_attention_by_heads` everything on a CPU. On NVIDIA GPUs cuDNN's flash kernel serves other bfloat16 operands
+    without bias and with heads of up to 128; all else takes XLA's own attention.
     """
+    keys = key.shape[1] if keys is None else keys
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if bias is None and not causal and jax.default_backend() == "cpu" and _for_one_device():
-        return _attention_by_heads(query, key, value, scale)
+        return _attention_by_heads(query, key[:, :keys], value[:, :keys], scale)
+    library = partial(_library_attention, keys=keys, bias=bias, causal=causal, scale=scale)
+    if bias is None and not causal and _on_one_hopper() and _suits_flash_attention(query, key):
+        # Imported here because it takes a fifth of a second.
+        from sd35flash_jax.models.flash_attention import flash_attention
+
+        multiprocessors = jax.devices()[0].core_count
+        kernel = partial(flash_attention, keys=keys, scale=scale, multiprocessors=multiprocessors)
+        mixed = _on_hopper(kernel, library, query, key, value)
+    else:
+        mixed = library(query, key, value)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def _suits_flash_attention(query: Array, key: Array) -> bool:
+    aligned = query.shape[1] % 8 == key.shape[1] % 8 == 0
+    return query.dtype == jnp.bfloat16 and query.shape[-1] == 64 and aligned
+
+
+def _library_attention(
+    query: Array, key: Array, value: Array, *, keys: int, bias: Array | None, causal: bool, scale: float
+) -> Float[Array, "b t n d"]:
+    key, value = key[:, :keys], value[:, :keys]
     options: dict[str, Any] = {"bias": bias, "is_causal": causal, "scale": scale}
     xla = partial(jax.nn.dot_product_attention, implementation="xla", **options)
     cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
-    if query.dtype == jnp.bfloat16 and bias is None and query.shape[-1] <= 128 and _compute_capability() >= 8:
-        forward = partial(jax.lax.platform_dependent, cuda=cudnn, default=xla)
-        even = partial(_with_even_tokens, cudnn)
-        backward = partial(jax.lax.platform_dependent, cuda=partial(_gradient, even), default=partial(_gradient, xla))
-        mixed = differentiable(forward, backward)(query, key, value)
-    else:
-        mixed = xla(query, key, value)
-    return mixed.reshape(*mixed.shape[:2], -1)
+    if query.dtype != jnp.bfloat16 or bias is not None or query.shape[-1] > 128 or _compute_capability() < 8:
+        return xla(query, key, value)
+    forward = partial(jax.lax.platform_dependent, cuda=cudnn, default=xla)
+    even = partial(_with_even_tokens, cudnn)
+    backward = partial(jax.lax.platform_dependent, cuda=partial(_gradient, even), default=partial(_gradient, xla))
+    return differentiable(forward, backward)(query, key, value)
 
 
 def _with_even_tokens(attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:
@@ -63,7 +88,7 @@ def _with_even_tokens(attend: Callable[..., Array], query: Array, key: Array, va
 
 
 def _attention_by_heads(
-    query: Float[Array, "b t n d"], key: Float[Array, "b s n d"], value: Float[Array, "b s n d"], scale: float | None
+    query: Float[Array, "b t n d"], key: Float[Array, "b s n d"], value: Float[Array, "b s n d"], scale: float
 ) -> Float[Array, "b t c"]:
     """Softmax attention of a few heads at a time, whose logits stay in a processor's cache. XLA's own transposes the
     logits of all heads in memory, which takes twice as long as the arithmetic."""
@@ -73,7 +98,7 @@ def _attention_by_heads(
     def one(head: tuple[Array, Array, Array]) -> Array:
         query, key, value = head
         logits = jnp.matmul(query, key.T, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * (size**-0.5 if scale is None else scale))
+        weights = jax.nn.softmax(logits * scale)
         return weights.astype(value.dtype) @ value
 
     together = max(1, _LOGITS_IN_CACHE // (tokens * key.shape[1]))
@@ -95,12 +120,16 @@ def _for_one_device() -> bool:
     return jax.sharding.get_abstract_mesh().size <= 1
 
 
+def _on_one_hopper() -> bool:
+    return _compute_capability() == 9 and _for_one_device()
+
+
 def _on_hopper(kernel: Callable[..., Any], portable: Callable[..., Any], *arrays: Any) -> Any:
     """What `portable` makes of the arrays: by `kernel`, one of our own that computes the same, on a Hopper GPU. A
     program for several devices takes the portable form, which XLA can divide among them. The gradient is the portable
     form's, of which nothing but the arrays is kept."""
     forward = portable
-    if _compute_capability() == 9 and _for_one_device():
+    if _on_one_hopper():
         forward = partial(jax.lax.platform_dependent, cuda=kernel, default=portable)
     return differentiable(forward, partial(_gradient, portable))(*arrays)
 
@@ -128,34 +157,29 @@ def split_heads(qkv: Float[Array, "b t c3"], heads: int) -> tuple[Array, Array, 
 
 
 class Projected(NamedTuple):
-    """One stream's share of an attention: a fused projection of queries, keys and values, of which the first `tokens`
-    rows can be attended to, and the scales of the RMS norms of its queries and keys, if it has them."""
+    """One stream's share of an attention: a fused projection of queries, keys and values, and the scales of the RMS
+    norms of its queries and keys, if it has them."""
 
     qkv: Float[Array, "b t c3"]
-    tokens: int
     scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None
 
 
 def joined_heads(streams: Sequence[Projected], heads: int) -> tuple[Array, Array, Array]:
     """The streams' normed queries, normed keys and values in heads, `(batch, tokens, heads, head_size)`, the streams
-    one after another on the token axis. Queries keep every row of a stream, keys and values its first `tokens`.
+    one after another on the token axis.
 
     On a Hopper GPU a kernel of our own does it in one pass.
     """
-    arrays = tuple((stream.qkv, stream.scales) for stream in streams)
-    tokens = tuple(stream.tokens for stream in streams)
-    return _on_hopper(
-        partial(gpu_kernels.join_heads, tokens, heads), partial(_portable_joined_heads, tokens, heads), arrays
-    )
+    return _on_hopper(partial(gpu_kernels.join_heads, heads), partial(_portable_joined_heads, heads), tuple(streams))
 
 
-def _portable_joined_heads(tokens: tuple[int, ...], heads: int, arrays: Any) -> tuple[Array, Array, Array]:
+def _portable_joined_heads(heads: int, streams: Sequence[Projected]) -> tuple[Array, Array, Array]:
     queries, keys, values = [], [], []
-    for (qkv, scales), count in zip(arrays, tokens):
+    for qkv, scales in streams:
         query, key, value = split_heads(qkv, heads)
         queries.append(rms_norm(query, scales[0]) if scales else query)
-        keys.append((rms_norm(key, scales[1]) if scales else key)[:, :count])
-        values.append(value[:, :count])
+        keys.append(rms_norm(key, scales[1]) if scales else key)
+        values.append(value)
     return jnp.concatenate(queries, axis=1), jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
 
 

@@ -69,10 +69,9 @@ class Projection(nnx.Module):
         self.query_norm = HeadNorm(config.head_size) if config.qk_norm else None
         self.key_norm = HeadNorm(config.head_size) if config.qk_norm else None
 
-    def project(self, x: Float[Array, "b t c"], tokens: int) -> Projected:
-        """Of `x`, the first `tokens` rows can be attended to."""
+    def project(self, x: Float[Array, "b t c"]) -> Projected:
         scales = (self.query_norm.scale[...], self.key_norm.scale[...]) if self.query_norm and self.key_norm else None
-        return Projected(self.qkv(x), tokens, scales)
+        return Projected(self.qkv(x), scales)
 
 
 class StreamAttention(Projection):
@@ -116,7 +115,7 @@ class Stream(nnx.Module):
         """Add what the joint attention brought and the second attention brings, then the feed-forward layer."""
         updates = [self.attention.out(mixed)]
         if self.second_attention is not None and second_input is not None:
-            projected = self.second_attention.project(second_input, x.shape[1])
+            projected = self.second_attention.project(second_input)
             second = attention(*joined_heads([projected], self.second_attention.heads))
             updates.append(self.second_attention.out(second))
         x, [normed] = add_and_norm(x, updates, vectors, (GATE, GATE_2)[: len(updates)], ((SHIFT_FF, SCALE_FF),))
@@ -148,9 +147,9 @@ class JointBlock(nnx.Module):
         norms = ((SHIFT, SCALE), (SHIFT_2, SCALE_2))[: 1 + dual]
         _, [normed_image, *rest] = add_and_norm(image, [], image_vectors, (), norms)
         _, [normed_context] = add_and_norm(context, [], context_vectors, (), ((SHIFT, SCALE),))
-        from_image = self.image.attention.project(normed_image, image.shape[1])
-        from_context = self.context.attention.project(normed_context, context_tokens)
-        mixed = attention(*joined_heads([from_image, from_context], self.image.attention.heads))
+        streams = [self.image.attention.project(normed_image), self.context.attention.project(normed_context)]
+        joined = joined_heads(streams, self.image.attention.heads)
+        mixed = attention(*joined, keys=image.shape[1] + context_tokens)
         to_image, to_context = jnp.split(mixed, [image.shape[1]], axis=1)
 
         image = self.image.update(image, to_image, rest[0] if dual else None, image_vectors)

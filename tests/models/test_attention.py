@@ -34,12 +34,21 @@ def test_attention_is_the_softmax_weighted_mean_of_the_values(causal, scale):
     np.testing.assert_allclose(mixed, literal_attention(query, key, value, causal, scale), atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_beyond_those_named_take_no_part(causal):
+    query, key, value = operands(9)
+    with jax.default_matmul_precision("highest"):
+        mixed = attention(query[:, :5], key, value, keys=5, causal=causal)
+    expected = literal_attention(query[:, :5], key[:, :5], value[:, :5], causal)
+    np.testing.assert_allclose(mixed, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("together", [1, 4, 6])
 def test_attention_is_the_same_however_many_heads_are_taken_together(monkeypatch, together):
     monkeypatch.setattr(layers, "_LOGITS_IN_CACHE", together * 9 * 9)
     query, key, value = operands(9)
     with jax.default_matmul_precision("highest"):
-        mixed = layers._attention_by_heads(query, key, value, None)
+        mixed = layers._attention_by_heads(query, key, value, 0.125)
     np.testing.assert_allclose(mixed, literal_attention(query, key, value), atol=1e-5)
 
 
@@ -53,7 +62,7 @@ def test_attention_by_heads_and_its_gradient_are_those_of_its_twin(dtype):
 
     with jax.default_matmul_precision("highest"):
         expected, expected_vjp = jax.vjp(twin, *arrays)
-        mixed, vjp = jax.vjp(lambda *arrays: layers._attention_by_heads(*arrays, None), *arrays)
+        mixed, vjp = jax.vjp(lambda *arrays: layers._attention_by_heads(*arrays, 0.125), *arrays)
         gradients = zip((mixed, *vjp(expected)), (expected, *expected_vjp(expected)))
     for found, wanted in gradients:
         assert found.dtype == dtype

@@ -1,0 +1,217 @@
+"""Attention with heads of 64 for Hopper GPUs, after FlashAttention-3 (arXiv 2407.08608), written in Pallas and compiled
+by Mosaic GPU. `layers.attention` chooses between it and its portable twin; a test holds them equal.
+
+A thread block has up to three warpgroups that each serve 64 queries of one head, and one more that fetches keys and
+values for all of them. Exponentials take as long as the matrix products at this head size, so both have to run at once:
+a warpgroup lets its products of the next keys start before the softmax of these, and the warpgroups take turns at
+starting theirs.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+from jaxtyping import Array, Float
+
+_ROWS = 64
+_WARPGROUPS = 3
+_KEYS = 128
+_STAGES = 2
+_THREADS = 128
+# Registers of a thread, of 128 at the start: fetching needs few, and what it gives up the others take.
+_FETCH_REGISTERS, _ATTEND_REGISTERS = 32, 160
+# Barriers of the hardware, of 16; those below are Mosaic's. One for each warpgroup's turn, then one for each stage of
+# keys and of values that may be overwritten.
+_TURN = 4
+_KEY_FREE = _TURN + _WARPGROUPS
+_VALUE_FREE = _KEY_FREE + _STAGES
+
+
+def flash_attention(
+    query: Float[Array, "b t n d"],
+    key: Float[Array, "b s n d"],
+    value: Float[Array, "b s n d"],
+    keys: int,
+    scale: float,
+    multiprocessors: int,
+) -> Float[Array, "b t n d"]:
+    """Softmax attention to the first `keys` rows of `key` and `value`, all of them bfloat16 or float16; softmax and
+    sums are float32. Numbers of tokens are multiples of 8, the rows of a tile that the hardware copies; heads have 64
+    features."""
+    batch, tokens, heads, head_size = query.shape
+    tall, most, least, blocks = _blocks_of_rows(tokens, batch * heads, multiprocessors)
+    steps = pl.cdiv(keys, _KEYS)
+    in_first = keys - (steps - 1) * _KEYS
+    to_powers_of_two = scale * math.log2(math.e)
+
+    def kernel(query_ref, key_ref, value_ref, out_ref, rows, fetched_keys, fetched_values, *arrivals):
+        rows_there, keys_there, values_there = arrivals
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        image, head = lax.div(lax.axis_index("head"), heads), lax.rem(lax.axis_index("head"), heads)
+        warpgroups = jnp.where(block < tall, most, least)
+        before = jnp.minimum(block, tall) * most + jnp.maximum(block - tall, 0) * least
+        everyone = (warpgroups + 1) * _THREADS
+
+        @pl.when(warpgroup == _WARPGROUPS)
+        def fetch():
+            plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
+
+            @pl.loop(0, steps)
+            def step(index):
+                # From the last keys on, which may be fewer: rows beyond the end of an array arrive as zeros.
+                place, slot = pl.ds((steps - 1 - index) * _KEYS, _KEYS), lax.rem(index, _STAGES)
+                for source, target, there, free in (
+                    (key_ref, fetched_keys, keys_there, _KEY_FREE),
+                    (value_ref, fetched_values, values_there, _VALUE_FREE),
+                ):
+                    pl.when(index >= _STAGES)(partial(_barrier, "sync", free + slot, everyone))
+                    plgpu.copy_gmem_to_smem(source.at[image, place, head], target.at[slot], there.at[slot])
+
+        @pl.when(warpgroup < warpgroups)
+        def attend():
+            plgpu.set_max_registers(_ATTEND_REGISTERS, action="increase")
+            place = pl.ds((before + warpgroup) * _ROWS, _ROWS)
+            plgpu.copy_gmem_to_smem(query_ref.at[image, place, head], rows.at[warpgroup], rows_there.at[warpgroup])
+            following = jnp.where(warpgroup + 1 == warpgroups, 0, warpgroup + 1)
+
+            def begin_turn():
+                _barrier("sync", _TURN + warpgroup, 2 * _THREADS)
+
+            def end_turn():
+                _barrier("arrive", _TURN + following, 2 * _THREADS)
+
+            def release(free, index):
+                is_awaited = index + _STAGES < steps
+                pl.when(is_awaited)(partial(_barrier, "arrive", free + lax.rem(index, _STAGES), everyone))
+
+            def add_products_with_keys(logits, slot):
+                plgpu.wgmma(logits, rows.at[warpgroup], plgpu.transpose_ref(fetched_keys.at[slot], (1, 0)))
+
+            def softmax(logits, highest):
+                """New maxima of the rows, what older sums shrink by, and weights that are not normed yet."""
+                new = jnp.maximum(highest, logits.max(axis=1) * to_powers_of_two)
+                return new, jnp.exp2(highest - new), jnp.exp2(logits * to_powers_of_two - _by_row(new, logits))
+
+            def accumulate(out):
+                def first_logits(logits):
+                    plgpu.barrier_wait(keys_there.at[0])
+                    begin_turn()
+                    add_products_with_keys(logits, 0)
+                    end_turn()
+                    return plgpu.wgmma_accumulator_load(logits, wait_n=0)
+
+                def step(index, carry):
+                    highest, sums, weights = carry
+                    slot, last_slot = lax.rem(index, _STAGES), lax.rem(index - 1, _STAGES)
+
+                    def products(logits):
+                        plgpu.barrier_wait(keys_there.at[slot])
+                        begin_turn()
+                        add_products_with_keys(logits, slot)
+                        plgpu.barrier_wait(values_there.at[last_slot])
+                        plgpu.wgmma(out, weights, fetched_values.at[last_slot])
+                        end_turn()
+                        return plgpu.wgmma_accumulator_load(logits, wait_n=1)
+
+                    logits = pl.run_scoped(products, plgpu.ACC((_ROWS, _KEYS), jnp.float32))
+                    release(_KEY_FREE, index)
+                    highest, shrink, weights = softmax(logits, highest)
+                    sums = sums * _by_row(shrink, sums) + _folded(weights)
+                    so_far = plgpu.wgmma_accumulator_load(out, wait_n=0)
+                    release(_VALUE_FREE, index - 1)
+                    out[...] = so_far * _by_row(shrink, so_far)
+                    return highest, sums, weights.astype(query.dtype)
+
+                plgpu.barrier_wait(rows_there.at[warpgroup])
+                logits = pl.run_scoped(first_logits, plgpu.ACC((_ROWS, _KEYS), jnp.float32))
+                release(_KEY_FREE, 0)
+                if in_first < _KEYS:
+                    columns = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
+                    logits = jnp.where(columns < in_first, logits, -jnp.inf)
+                lowest = plgpu.layout_cast(jnp.full(_ROWS, -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+                highest, _, weights = softmax(logits, lowest)
+                carry = highest, _folded(weights), weights.astype(query.dtype)
+                _, sums, weights = lax.fori_loop(1, steps, step, carry)
+                last_slot = (steps - 1) % _STAGES
+                plgpu.barrier_wait(values_there.at[last_slot])
+                plgpu.wgmma(out, weights, fetched_values.at[last_slot])
+                total = plgpu.wgmma_accumulator_load(out, wait_n=0)
+                return total * _by_row(1 / sums.sum(axis=1), total)
+
+            pl.when(warpgroup == warpgroups - 1)(end_turn)  # The first turn is the first warpgroup's.
+            mixed = pl.run_scoped(accumulate, plgpu.ACC((_ROWS, head_size), jnp.float32))
+            pl.when(warpgroup == 0)(begin_turn)  # The last turn, which nobody takes.
+            rows[warpgroup] = mixed.astype(query.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(rows.at[warpgroup], out_ref.at[image, place, head])
+            plgpu.wait_smem_to_gmem(0)
+
+    def shared(*shape: int) -> Any:
+        transforms = (plgpu.TilingTransform((8, head_size)), plgpu.SwizzleTransform(2 * head_size))
+        return plgpu.SMEM((*shape, head_size), query.dtype, transforms=transforms)
+
+    run: Callable[..., Array] = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        scratch_types=[
+            shared(_WARPGROUPS, _ROWS),
+            shared(_STAGES, _KEYS),
+            shared(_STAGES, _KEYS),
+            plgpu.Barrier(num_barriers=_WARPGROUPS),
+            plgpu.Barrier(num_barriers=_STAGES),
+            plgpu.Barrier(num_barriers=_STAGES),
+        ],
+        grid=(blocks, batch * heads),
+        grid_names=("block", "head"),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="flash_attention",
+        # The barriers are all here already.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    )
+    return run(query, key, value)
+
+
+def _blocks_of_rows(tokens: int, heads: int, multiprocessors: int) -> tuple[int, int, int, int]:
+    """How a head's rows are shared out: so many thread blocks of so many warpgroups, then ones of so many, and how many
+    in all. They are as many as find room in the waves of thread blocks that are needed anyway: a wave that is not full
+    would take as long as one of full blocks."""
+    tiles, waves = pl.cdiv(tokens, _ROWS), 1
+    while waves * multiprocessors // heads * _WARPGROUPS < tiles:
+        waves += 1
+    blocks = min(waves * multiprocessors // heads, tiles)
+    least, tall = divmod(tiles, blocks)
+    return tall, least + 1, least, blocks
+
+
+def _by_row(values: Float[Array, " t"], like: Float[Array, "t c"]) -> Float[Array, "t c"]:
+    return lax.broadcast_in_dim(values, like.shape, [0])
+
+
+def _folded(weights: Float[Array, "t s"]) -> Float[Array, "t 8"]:
+    """Sums of every eighth column, which a thread has on its own: they are summed up once, at the end."""
+    parts = [weights[:, start : start + 8] for start in range(0, weights.shape[1], 8)]
+    while len(parts) > 1:
+        parts = [left + right for left, right in zip(parts[::2], parts[1::2])]
+    return parts[0]
+
+
+def _barrier(operation: str, name: Array, threads: Array | int) -> None:
+    """`arrive` at a barrier of the hardware, or `sync`, which waits there, for so many threads in all."""
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(splat, splat))
+    def instruction(_, name, threads):
+        registers = [name.registers[()], threads.registers[()]]
+        text = f"bar.{operation} $0, $1;"
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), registers, text, "r,r", has_side_effects=True)
+
+    instruction(name, jnp.int32(threads))
