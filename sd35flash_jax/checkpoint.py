@@ -135,15 +135,15 @@ def build_component(name: str, config: ModelConfig, seed: int = 0) -> Model:
 
 def abstract_component(name: str, config: ModelConfig, stacked: bool = True) -> Model:
     """The component with shapes in place of parameters; nothing is allocated. Its blocks are stacks or lists."""
-    module = nnx.eval_shape(lambda: _MODULES[name](getattr(config, name), rngs=_OneKey()))
+    module = jax.eval_shape(lambda: _MODULES[name](getattr(config, name), rngs=_OneKey(jax.random.key(0))))
     return module if stacked else unstacked(module)
 
 
+@dataclass(frozen=True)
 class _OneKey:
-    """In place of `nnx.Rngs` where nothing but shapes is wanted: counting keys takes a third of the time."""
+    """In place of `nnx.Rngs` where nothing but shapes is wanted: counting keys takes half of the time."""
 
-    def __init__(self) -> None:
-        self.key = jax.random.key(0)
+    key: jax.Array
 
     def params(self) -> jax.Array:
         return self.key
@@ -167,12 +167,11 @@ def parameter_shapes(name: str, config: ModelConfig) -> Mapping[str, tuple[int, 
 
 def with_parameters(module: AnyModule, arrays: Mapping[str, Any]) -> AnyModule:
     """The module with other arrays at some of its dotted paths; the rest is shared."""
-    graph, state = nnx.split(module)
-    flat = [
-        (path, variable.replace(arrays.get(_dotted(path), variable.get_value())))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(module)
+    paths = (
+        jax.tree_util.keystr(path[:-1], simple=True, separator=".") for path, _ in leaves
+    )  # less the variable's own
+    return jax.tree.unflatten(structure, [arrays.get(path, leaf) for path, (_, leaf) in zip(paths, leaves)])
 
 
 def own_path(module: nnx.Module, param: str, layer: int | None) -> tuple[str, int | None]:
@@ -427,10 +426,10 @@ def open_checkpoint(
     components: Sequence[str] | None = None,
     dtype: str = "bfloat16",
     device: jax.Device | jax.sharding.Sharding | None = None,
-    stacked: bool = True,
+    stacked: bool | None = True,
 ) -> Checkpoint:
     """What `load_checkpoint` returns, with a `ShapeDtypeStruct` in place of each parameter: programs can be compiled
-    for it while `read_weights` brings the weights."""
+    for it while `read_weights` brings the weights. With None for `stacked` blocks are as `runs_stacked` says."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     folder = Path(path).expanduser()
@@ -442,12 +441,14 @@ def open_checkpoint(
             f"{folder} has no {' and no '.join(absent)}: it holds {', '.join(config.components) or 'no component'}"
         )
     _check_files(folder, wanted)
+    modules = {
+        name: abstract_component(name, config) for name in wanted
+    }  # before the device, which may be starting yet
     sharding = jax.device_put(0, device).sharding  # what JAX makes of a device, a sharding, or its default
+    if not (runs_stacked(next(iter(sharding.device_set)).platform) if stacked is None else stacked):
+        modules = {name: unstacked(module) for name, module in modules.items()}
     placed = partial(jax.ShapeDtypeStruct, dtype=np.dtype(dtype), sharding=sharding)
-    modules: dict[str, nnx.Module] = {}
-    for name in wanted:
-        module = abstract_component(name, config, stacked)
-        modules[name] = with_parameters(module, {k: placed(v.shape) for k, v in parameters(module).items()})
+    modules = {name: jax.tree.map(lambda array: placed(array.shape), module) for name, module in modules.items()}
     return Checkpoint(config, modules, tokenizer_folders(folder, wanted))
 
 
