@@ -441,14 +441,15 @@ def open_checkpoint(
             f"{folder} has no {' and no '.join(absent)}: it holds {', '.join(config.components) or 'no component'}"
         )
     _check_files(folder, wanted)
-    modules = {
-        name: abstract_component(name, config) for name in wanted
-    }  # before the device, which may be starting yet
+    # Shapes come before the device, which may be starting yet.
+    shapes = {name: abstract_component(name, config) for name in wanted}
     sharding = jax.device_put(0, device).sharding  # what JAX makes of a device, a sharding, or its default
     if not (runs_stacked(next(iter(sharding.device_set)).platform) if stacked is None else stacked):
-        modules = {name: unstacked(module) for name, module in modules.items()}
+        shapes = {name: unstacked(module) for name, module in shapes.items()}
     placed = partial(jax.ShapeDtypeStruct, dtype=np.dtype(dtype), sharding=sharding)
-    modules = {name: jax.tree.map(lambda array: placed(array.shape), module) for name, module in modules.items()}
+    modules: dict[str, nnx.Module] = {
+        name: jax.tree.map(lambda array: placed(array.shape), module) for name, module in shapes.items()
+    }
     return Checkpoint(config, modules, tokenizer_folders(folder, wanted))
 
 
