@@ -13,15 +13,13 @@ zarr reads a missing chunk as zeros.
 import contextlib
 import errno
 import json
-import logging
 import math
 import os
 import secrets
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,10 +27,8 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx
-from orbax.checkpoint import type_handlers
 from tqdm import tqdm
 
 from sd35flash_jax.config import COMPONENTS, ModelConfig, read_json
@@ -64,12 +60,6 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 _SCALES = ".int8_scales"  # Ends the name of the array that holds an int8 parameter's scales.
-_CHUNK_BYTES = 2**28
-_WRITERS = 2  # One piece is copied to the system while the disk takes the one before, and the next is made ready.
-
-# Orbax warns at every save that is not in its OCDBT format; ours is plain zarr by choice.
-logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
-
 
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
@@ -145,15 +135,15 @@ def build_component(name: str, config: ModelConfig, seed: int = 0) -> Model:
 
 def abstract_component(name: str, config: ModelConfig, stacked: bool = True) -> Model:
     """The component with shapes in place of parameters; nothing is allocated. Its blocks are stacks or lists."""
-    module = nnx.eval_shape(lambda: _MODULES[name](getattr(config, name), rngs=_OneKey()))
+    module = jax.eval_shape(lambda: _MODULES[name](getattr(config, name), rngs=_OneKey(jax.random.key(0))))
     return module if stacked else unstacked(module)
 
 
+@dataclass(frozen=True)
 class _OneKey:
-    """In place of `nnx.Rngs` where nothing but shapes is wanted: counting keys takes a third of the time."""
+    """In place of `nnx.Rngs` where nothing but shapes is wanted: counting keys takes half of the time."""
 
-    def __init__(self) -> None:
-        self.key = jax.random.key(0)
+    key: jax.Array
 
     def params(self) -> jax.Array:
         return self.key
@@ -177,12 +167,11 @@ def parameter_shapes(name: str, config: ModelConfig) -> Mapping[str, tuple[int, 
 
 def with_parameters(module: AnyModule, arrays: Mapping[str, Any]) -> AnyModule:
     """The module with other arrays at some of its dotted paths; the rest is shared."""
-    graph, state = nnx.split(module)
-    flat = [
-        (path, variable.replace(arrays.get(_dotted(path), variable.get_value())))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(module)
+    paths = (
+        jax.tree_util.keystr(path[:-1], simple=True, separator=".") for path, _ in leaves
+    )  # less the variable's own
+    return jax.tree.unflatten(structure, [arrays.get(path, leaf) for path, (_, leaf) in zip(paths, leaves)])
 
 
 def own_path(module: nnx.Module, param: str, layer: int | None) -> tuple[str, int | None]:
@@ -235,8 +224,9 @@ def save_checkpoint(
     destination = Path(path).expanduser()
     if set(components) != set(config.components):
         raise ValueError(f"the configuration has {config.components}, but the components are {tuple(components)}")
-    own = jax.process_index()  # Of several processes, the one that calls this writes and waits for no other.
-    alone = ocp.options.MultiprocessingOptions(own, {own}, destination.name)
+    # Imported where it writes: what reads weights needs no more than TensorStore, and starts sooner.
+    from sd35flash_jax.orbax_writer import write_arrays
+
     with written_whole(destination) as folder:
         folder.mkdir()
         for name, tokenizer in (tokenizers or {}).items():
@@ -245,17 +235,7 @@ def save_checkpoint(
             arrays = _stored_arrays(component) if isinstance(component, nnx.Module) else dict(component)
             if int8:
                 arrays = _quantized(name, arrays)
-            handler = ocp.PyTreeCheckpointHandler(
-                use_ocdbt=False,
-                use_compression=False,
-                type_handler_registry=_STREAMING_REGISTRY,
-                multiprocessing_options=alone,
-            )
-            with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-                chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
-                checkpointer.save((folder / name).absolute(), args=ocp.args.PyTreeSave(arrays, save_args=chunks))
-            # Nobody reads this note of Orbax, and it says where on this machine the checkpoint was written.
-            (folder / name / "commit_success.txt").unlink(missing_ok=True)
+            write_arrays(folder / name, arrays, destination.name)
         header = {
             "format": FORMAT,
             "model": config.to_json(),
@@ -373,62 +353,6 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
-class _StreamedArrayHandler(type_handlers.NumpyHandler):
-    """Lets Orbax save `StreamedArray`s: each piece is one zarr chunk, read, written and dropped in turn.
-
-    TensorStore makes the arrays; their chunks, which hold nothing but the bytes of a piece, are written without it,
-    because it copies each twice on the way.
-    """
-
-    async def serialize(
-        self,
-        values: Sequence[StreamedArray],
-        infos: Sequence[type_handlers.ParamInfo],
-        args: Sequence[type_handlers.SaveArgs] | None = None,
-    ) -> list[Any]:
-        # Nothing is awaited: an interrupt must not find a write of which only a closed event loop knows.
-        with ThreadPoolExecutor(_WRITERS) as writers:
-            writing: deque[Future[None]] = deque()
-            for value, info in zip(values, infos):
-                for number, (index, piece) in enumerate(value.pieces()):
-                    chunks = value.shape if index is ... else (1, *value.shape[1:])
-                    if number == 0:
-                        _create_zarr(info.path, value, chunks)
-                    key = ".".join(map(str, (0 if index is ... else index, *[0] * (len(chunks) - 1))))
-                    if len(writing) == _WRITERS:
-                        writing.popleft().result()
-                    writing.append(writers.submit(_write_chunk, info.path / key, piece.reshape(chunks), value.dtype))
-            for written in writing:
-                written.result()
-        return []
-
-
-def _create_zarr(path: Path, array: StreamedArray, chunks: tuple[int, ...]) -> None:
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": str(path)},
-        "metadata": {"shape": array.shape, "chunks": chunks, "compressor": None},
-        "dtype": array.dtype.name,
-    }
-    ts.open(spec, create=True).result()
-
-
-def _write_chunk(file: Path, chunk: np.ndarray, dtype: np.dtype) -> None:
-    """Write a chunk of an uncompressed zarr array to the disk, and not only to the system's cache of it."""
-    with open(file, "xb") as stream:
-        stream.write(np.ascontiguousarray(chunk, dtype).reshape(-1).view(np.uint8).data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-_STREAMING_REGISTRY = type_handlers.create_type_handler_registry(
-    (StreamedArray, _StreamedArrayHandler()),
-    # Of an array that is whole on several devices, its first device writes all, not each a part.
-    (jax.Array, type_handlers.ArrayHandler(use_replica_parallel=False)),
-    (np.ndarray, type_handlers.NumpyHandler()),
-)
-
-
 # Reading
 
 
@@ -502,10 +426,10 @@ def open_checkpoint(
     components: Sequence[str] | None = None,
     dtype: str = "bfloat16",
     device: jax.Device | jax.sharding.Sharding | None = None,
-    stacked: bool = True,
+    stacked: bool | None = True,
 ) -> Checkpoint:
     """What `load_checkpoint` returns, with a `ShapeDtypeStruct` in place of each parameter: programs can be compiled
-    for it while `read_weights` brings the weights."""
+    for it while `read_weights` brings the weights. With None for `stacked` blocks are as `runs_stacked` says."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     folder = Path(path).expanduser()
@@ -517,12 +441,15 @@ def open_checkpoint(
             f"{folder} has no {' and no '.join(absent)}: it holds {', '.join(config.components) or 'no component'}"
         )
     _check_files(folder, wanted)
+    # Shapes come before the device, which may be starting yet.
+    shapes = {name: abstract_component(name, config) for name in wanted}
     sharding = jax.device_put(0, device).sharding  # what JAX makes of a device, a sharding, or its default
+    if not (runs_stacked(next(iter(sharding.device_set)).platform) if stacked is None else stacked):
+        shapes = {name: unstacked(module) for name, module in shapes.items()}
     placed = partial(jax.ShapeDtypeStruct, dtype=np.dtype(dtype), sharding=sharding)
-    modules: dict[str, nnx.Module] = {}
-    for name in wanted:
-        module = abstract_component(name, config, stacked)
-        modules[name] = with_parameters(module, {k: placed(v.shape) for k, v in parameters(module).items()})
+    modules: dict[str, nnx.Module] = {
+        name: jax.tree.map(lambda array: placed(array.shape), module) for name, module in shapes.items()
+    }
     return Checkpoint(config, modules, tokenizer_folders(folder, wanted))
 
 
@@ -559,7 +486,7 @@ def open_stored(path: str | os.PathLike, name: str, config: ModelConfig) -> dict
     """
     _check_files(Path(path), [name])
     shapes = parameter_shapes(name, config)
-    return {param: _open_stored(Path(path) / name, param, shape) for param, shape in shapes.items()}
+    return _open_stored(Path(path) / name, shapes)
 
 
 def tokenizer_folders(path: str | os.PathLike, components: Sequence[str]) -> dict[str, Path]:
@@ -607,16 +534,16 @@ def _check_files(folder: Path, components: Sequence[str]) -> None:
 def _reads(folder: Path, module: nnx.Module) -> dict[str, Callable[[], jax.Array]]:
     """Calls that bring each parameter of a module of `ShapeDtypeStruct`s from where it is stored to where it belongs,
     by dotted path."""
-    stores: dict[str, StoredArray] = {}
-    reads: dict[str, Callable[[], jax.Array]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[str, int | None, jax.ShapeDtypeStruct]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         wanted = variable.get_value()
         param, layer = _stored_path(module, path)
-        if param not in stores:
-            count = () if layer is None else (len(getattr(module, str(path[0]))),)
-            stores[param] = _open_stored(folder, param, (*count, *wanted.shape))
-        reads[_dotted(path)] = partial(_read, stores[param], layer, wanted)
-    return reads
+        count = () if layer is None else (len(getattr(module, str(path[0]))),)
+        shapes[param] = (*count, *wanted.shape)
+        places[_dotted(path)] = param, layer, wanted
+    stores = _open_stored(folder, shapes)
+    return {path: partial(_read, stores[param], layer, wanted) for path, (param, layer, wanted) in places.items()}
 
 
 def _read(stored: StoredArray, layer: int | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
@@ -639,21 +566,44 @@ _READING = ts.Context(
 _CPU_ALIGNMENT = 64
 
 
-def _open_stored(folder: Path, param: str, shape: tuple[int, ...]) -> StoredArray:
-    values = _open_zarr(folder / param, shape)
-    if values.dtype != ts.int8:
-        return StoredArray(values)
-    shared = _shared_axes(folder.name, param, len(shape))
-    kept = tuple(1 if axis in shared else side for axis, side in enumerate(shape))
-    return StoredArray(values, _open_zarr(folder / f"{param}{_SCALES}", kept).read().result())
+def _open_stored(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StoredArray]:
+    values = _open_zarrs(folder, shapes)
+    shared = {
+        param: _shared_axes(folder.name, param, len(shapes[param]))
+        for param, store in values.items()
+        if store.dtype == ts.int8
+    }
+    scales = _open_zarrs(
+        folder,
+        {
+            param + _SCALES: tuple(1 if axis in axes else side for axis, side in enumerate(shapes[param]))
+            for param, axes in shared.items()
+        },
+    )
+    return {
+        param: StoredArray(store, scales[param + _SCALES].read().result() if param in shared else None)
+        for param, store in values.items()
+    }
 
 
-def _open_zarr(path: Path, shape: tuple[int, ...]) -> ts.TensorStore:
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}
-    try:
-        store = ts.open(spec, read=True, context=_READING).result()
-    except ValueError as error:
-        raise CheckpointError(f"the checkpoint is damaged: {path} cannot be read ({error}); convert it again") from None
-    if store.shape != shape:
-        raise CheckpointError(f"{path} has shape {store.shape} in place of {shape}")
-    return store
+def _open_zarrs(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ts.TensorStore]:
+    """The arrays of these names and shapes, all opened before the first is waited for: each wait may lose Python's lock
+    to another thread, which keeps it for a while."""
+    opening = {
+        name: ts.open(
+            {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder / name)}}, read=True, context=_READING
+        )
+        for name in shapes
+    }
+    stores = {}
+    for name, shape in shapes.items():
+        path = folder / name
+        try:
+            stores[name] = opening[name].result()
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {path} cannot be read ({error}); convert it again"
+            ) from None
+        if stores[name].shape != shape:
+            raise CheckpointError(f"{path} has shape {stores[name].shape} in place of {shape}")
+    return stores

@@ -8,8 +8,10 @@
   off, `JAX_COMPILATION_CACHE_MAX_SIZE` bounds it in bytes. Its folder can be deleted at any time.
 """
 
+import contextlib
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -48,6 +50,18 @@ def configure() -> None:
     if GPU_FLAGS and _has_cuda_plugin():
         os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), GPU_FLAGS)
     _use_persistent_cache()
+
+
+def start_devices() -> None:
+    """`configure`, and start JAX's backend in a thread: a GPU takes more than a second, in which Python can go on.
+    What fails there fails again, with its message, for the first who needs a device."""
+
+    def start() -> None:
+        with contextlib.suppress(RuntimeError):
+            jax.devices()
+
+    configure()
+    threading.Thread(target=start).start()
 
 
 def gpu_options(options: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -30,7 +30,6 @@ from sd35flash_jax.checkpoint import (
     parameters,
     read_config,
     read_weights,
-    runs_stacked,
     tokenizer_folders,
     with_parameters,
 )
@@ -134,8 +133,7 @@ class FlashPipeline:
         try:
             # What takes Python's time, such as transformers' import, goes on beside what does not.
             tokenizers = beside.submit(_load_tokenizers, tokenizer_folders(path, wanted))
-            stacked = runs_stacked(jax.device_put(0, device).sharding.device_set.pop().platform)
-            opened = open_checkpoint(path, wanted, dtype, device, stacked)
+            opened = open_checkpoint(path, wanted, dtype, device, stacked=None)
             if compile_for is not None:
                 described = cls(opened.config, opened.components, {}, max_t5_tokens)
                 compiled = beside.submit(described.compile, *compile_for, progress)

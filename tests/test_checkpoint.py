@@ -4,6 +4,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -14,11 +15,13 @@ from sd35flash_jax.checkpoint import (
     Checkpoint,
     CheckpointError,
     StreamedArray,
+    abstract_component,
     build_component,
     load_checkpoint,
     parameters,
     read_config,
     save_checkpoint,
+    with_parameters,
     written_whole,
 )
 from sd35flash_jax.config import ModelConfig
@@ -89,6 +92,13 @@ def test_components_built_from_different_seeds_differ():
     kernel = "layers.qkv.kernel"
     assert not np.array_equal(one[kernel], other[kernel])
     assert not np.array_equal(one[kernel][0], one[kernel][1])
+
+
+@pytest.mark.parametrize("name", CONFIG.components)
+def test_the_shapes_that_are_made_for_a_component_are_those_of_its_parameters(name):
+    built, described = build_component(name, CONFIG), abstract_component(name, CONFIG)
+    assert jax.tree.structure(described) == jax.tree.structure(built)
+    assert [array.shape for array in jax.tree.leaves(described)] == [array.shape for array in jax.tree.leaves(built)]
 
 
 def test_parameters_are_cast_while_they_are_loaded(clip_checkpoint):
@@ -340,6 +350,14 @@ def test_a_missing_tokenizer_file_is_named(small_checkpoint, tmp_path):
 
 def test_a_component_that_the_checkpoint_does_not_have_is_named(clip_checkpoint):
     assert_refused(clip_checkpoint[0], "t5", "clip_l, clip_g", components=["clip_l", "t5"])
+
+
+def test_parameters_are_replaced_by_their_paths_alone(clip_checkpoint):
+    module = load_checkpoint(clip_checkpoint[0], stacked=False).components["clip_l"]
+    paths = ("layers.1.qkv.bias", "token_embed.embedding")
+    changed = parameters(with_parameters(module, {path: path for path in paths}))
+    assert {path: changed[path] for path in paths} == {path: path for path in paths}
+    assert all(changed[path] is array for path, array in parameters(module).items() if path not in paths)
 
 
 def test_an_unsupported_dtype_is_named(clip_checkpoint):

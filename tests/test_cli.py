@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import subprocess
@@ -118,6 +119,29 @@ def test_a_failed_conversion_says_why_and_leaves_nothing(tmp_path, capsys):
     status, out, err = run(capsys, "convert", tmp_path / "absent", tmp_path / "new")
     assert status == 1 and out == "" and "absent is not a folder" in err
     assert list(tmp_path.iterdir()) == []
+
+
+IMPORTED = """
+import sys
+import sd35flash_jax
+from sd35flash_jax.cli import main
+assert "jax" not in sys.modules, "the package and its command line are imported without JAX"
+status = main(sys.argv[1:])
+assert "transformers" in sys.modules and "orbax" not in sys.modules, "weights are read without Orbax"
+sys.exit(status)
+"""
+
+
+def test_generate_imports_neither_jax_before_it_begins_nor_what_it_does_not_use(small_checkpoint, tmp_path):
+    arguments = [str(argument) for argument in small(small_checkpoint, tmp_path / "x.png")]
+    subprocess.run([sys.executable, "-c", IMPORTED, *arguments], check=True)
+
+
+@pytest.mark.parametrize("seed", [0, -1], ids=["done", "failed"])
+def test_pythons_settings_are_put_back_after_an_image(seed, small_checkpoint, tmp_path, capsys):
+    before = gc.isenabled(), sys.getswitchinterval()
+    assert run(capsys, *small(small_checkpoint, tmp_path / "x.png", "--seed", seed))[0] == -seed
+    assert (gc.isenabled(), sys.getswitchinterval()) == before == (True, before[1])
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "x", "--steps", "many"]])

@@ -52,6 +52,37 @@ def test_a_signal_to_stop_interrupts_and_is_the_callers_again_afterwards(kind, c
     assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
 
 
+PROGRAM = """
+import atexit, sys
+from sd35flash_jax.command import run_program
+
+def main():
+    atexit.register(print, "registered")
+    print("printed", end=" ")
+    {ending}
+
+run_program(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [("return 0", 0), ("return 1", 1), ("sys.exit(2)", 2), ("raise ZeroDivisionError", 1)],
+)
+def test_a_program_ends_with_its_status_after_all_that_is_to_be_done_at_its_end(ending, status):
+    program = PROGRAM.format(ending=ending)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "printed registered\n")
+    assert ("ZeroDivisionError" in done.stderr) == ("Zero" in ending)
+
+
+def test_a_program_does_without_the_interpreters_teardown():
+    """Which would call the finalizer of what a module holds."""
+    program = "class Held:\n    def __del__(self): print('torn down')\nheld = Held()\n"
+    program += "from sd35flash_jax.command import run_program\nrun_program(lambda: 0)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b""
+
+
 COMPILING = """
 import os, signal, threading
 import jax

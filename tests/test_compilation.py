@@ -2,7 +2,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -119,6 +121,19 @@ def test_a_program_with_options_of_its_own_is_compiled_ahead_and_not_again(compi
     result = program(array)
     assert compilations == []
     np.testing.assert_array_equal(result, 2)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("Unable to initialize backend 'cuda'")])
+def test_devices_start_in_a_thread_which_leaves_it_to_others_to_say_that_there_are_none(error, monkeypatch, recwarn):
+    monkeypatch.setattr(compilation, "configure", lambda: None)
+    started = Mock(side_effect=error)
+    monkeypatch.setattr(jax, "devices", lambda: started(threading.current_thread()))
+    before = set(threading.enumerate())
+    compilation.start_devices()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    [call] = started.call_args_list
+    assert call.args[0] is not threading.current_thread() and not recwarn.list
 
 
 @pytest.mark.skipif(not compilation.GPU_FLAGS, reason="there are none")

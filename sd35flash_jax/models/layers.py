@@ -266,7 +266,7 @@ def sinusoidal_embedding(timestep: Num[Array, " b"], size: int, max_period: floa
 
 def stack_blocks(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) -> Block:
     """Build `count` equal blocks as a stack."""
-    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+    return jax.vmap(lambda key: make(type(rngs)(key)))(jax.random.split(rngs.params(), count))
 
 
 def unstacked(module: AnyModel) -> AnyModel:
