@@ -35,6 +35,7 @@ _KEY_FREE = _TURN + _WARPGROUPS
 _VALUE_FREE = _KEY_FREE + _STAGES
 
 
+@partial(jax.jit, static_argnames=("keys", "scale", "multiprocessors"))
 def flash_attention(
     query: Float[Array, "b t n d"],
     key: Float[Array, "b s n d"],

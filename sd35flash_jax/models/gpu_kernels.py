@@ -2,6 +2,7 @@
 `layers.py`, which chooses between them; a test holds them equal."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ _ROWS = 16
 _NORM_ROWS = 4
 
 
+@partial(jax.jit, static_argnames=("heads", "interpret"))
 def join_heads(
     heads: int,
     streams: Sequence[tuple[Float[Array, "b t c3"], tuple[Float[Array, " d"], Float[Array, " d"]] | None]],
@@ -73,6 +75,7 @@ def _write_heads(
     return query, key, value
 
 
+@partial(jax.jit, static_argnames=("gates", "norms", "interpret"))
 def add_and_norm(
     gates: tuple[int, ...],
     norms: tuple[tuple[int, int], ...],

@@ -52,6 +52,19 @@ def test_the_kernel_can_be_lowered_for_a_gpu_that_is_not_there(tokens, keys):
     assert "mosaic_gpu" in attend.trace(shape, shape, shape).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_layers_that_are_alike_share_one_kernel_of_a_program():
+    """Making one takes longer than compiling what is around it."""
+
+    def three(query, key, value):
+        for _ in range(3):
+            query = flash_attention(query, key, value, 61, 0.125, 132)
+        return query
+
+    shape = jax.ShapeDtypeStruct((1, 64, 2, 64), "bfloat16")
+    program = jax.jit(three).trace(shape, shape, shape).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
