@@ -3,7 +3,7 @@
 `configure` is called where a pipeline is loaded, never on import, and whatever the user has set wins:
 
 - `XLA_FLAGS` keeps every flag it has; ours are put before them, and only those it does not name. Some programs have
-  options of their own (`GPU_IN_ORDER`), again but for those it names.
+  options of their own (`GPU_SIDE_BY_SIDE`), again but for those it names.
 - `JAX_COMPILATION_CACHE_DIR` (or `jax.config`) chooses another folder, `JAX_ENABLE_COMPILATION_CACHE=0` turns the cache
   off, `JAX_COMPILATION_CACHE_MAX_SIZE` bounds it in bytes. Its folder can be deleted at any time.
 """
@@ -25,19 +25,16 @@ GPU_FLAGS: tuple[str, ...] = (
     "--xla_gpu_enable_triton_gemm=false",
     # No joining of products of one operand: at one row it copies the weights, which costs more than it saves.
     "--xla_gpu_dot_merger_threshold_mb=0",
-    # Independent kernels, such as the text encoders', run side by side in a CUDA graph, but see `GPU_IN_ORDER`.
-    "--xla_gpu_graph_enable_concurrent_region=true",
-    "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
 )
 """What XLA is told on NVIDIA GPUs; `docs/performance.md` says what each gives."""
 
-GPU_IN_ORDER = {
-    "xla_gpu_graph_enable_concurrent_region": False,
-    "xla_gpu_command_buffer_scheduling_mode": "LHS",
+GPU_SIDE_BY_SIDE = {
+    "xla_gpu_graph_enable_concurrent_region": True,
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
-"""XLA's defaults again, for programs that are better off without kernels side by side. These cannot share memory: what
-an update of a LoRA needs beside its state would grow from 13 to 32 GiB at SD3.5-medium's size. One evaluation of the
-transformer among many is faster without them too, by a tenth at 512 px."""
+"""For the text encoders' program: their kernels are small and independent, and run side by side in a CUDA graph. All
+else is better off in order: kernels side by side cannot share memory, and an evaluation of the transformer takes a
+tenth longer at 512 px."""
 
 _USERS_FLAGS = os.environ.get("XLA_FLAGS", "").strip()  # On import, before `configure` adds ours.
 _ENABLED = "jax_enable_compilation_cache"

@@ -7,7 +7,6 @@ What recompiles is a new batch, height, width, token count or dtype.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from operator import itemgetter
 
 import jax
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sd35flash_jax.compilation import GPU_IN_ORDER, gpu_options
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.models.mmdit import MMDiT, Modulation
 from sd35flash_jax.schedule import TRAIN_TIMESTEPS
@@ -34,7 +32,7 @@ def modulations(
     return tuple(jax.tree.map(itemgetter(step), together) for step in range(STEPS_MODULATED))
 
 
-@partial(jax.jit, compiler_options=gpu_options(GPU_IN_ORDER))
+@jax.jit
 def add_velocity(
     transformer: Frozen[MMDiT],
     latents: Float[Array, "b h w c"],

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sd35flash_jax.compilation import GPU_SIDE_BY_SIDE, gpu_options
 from sd35flash_jax.config import CLIPConfig, ModelConfig
 from sd35flash_jax.frozen import Frozen
 
@@ -104,7 +105,7 @@ def tokenize(
     return tokens
 
 
-@partial(jax.jit, static_argnames=("config", "t5_tokens"))
+@partial(jax.jit, static_argnames=("config", "t5_tokens"), compiler_options=gpu_options(GPU_SIDE_BY_SIDE))
 def encode_tokens(
     encoders: dict[str, Frozen],
     tokens: dict[str, Int[Array, "b t"]],

@@ -112,7 +112,7 @@ def test_a_programs_own_options_leave_out_what_a_user_has_named(own, kept, monke
 
 def test_a_program_with_options_of_its_own_is_compiled_ahead_and_not_again(compilations):
     """XLA for CPUs knows the options for GPUs too."""
-    program = jax.jit(lambda x: x + 1, compiler_options=compilation.GPU_IN_ORDER)
+    program = jax.jit(lambda x: x + 1, compiler_options=compilation.GPU_SIDE_BY_SIDE)
     placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     program.lower(jax.ShapeDtypeStruct((3,), np.float32, sharding=placed)).compile()
     assert compilations, "the listener hears compilations"

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from sd35flash_jax.checkpoint import abstract_component, parameters
-from sd35flash_jax.compilation import GPU_IN_ORDER, gpu_options
 from sd35flash_jax.config import ModelConfig
 from sd35flash_jax.distill.adversarial import init_heads
 from sd35flash_jax.distill.config import DistillConfig, TrajectoryConfig
@@ -110,7 +109,7 @@ def update_program(mesh: Mesh) -> Any:
         made = update(state, teacher, batch, key)
         return jax.lax.with_sharding_constraint(made, (parameter_shardings(mesh, made[0]), replicated(mesh)))
 
-    return jax.jit(run, donate_argnums=1, compiler_options=gpu_options(GPU_IN_ORDER))
+    return jax.jit(run, donate_argnums=1)
 
 
 def in_parts(mesh: Mesh, make: Callable[..., Any], *arguments: Any) -> Any:

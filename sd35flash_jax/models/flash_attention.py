@@ -10,6 +10,7 @@ starting theirs.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -35,26 +36,30 @@ _KEY_FREE = _TURN + _WARPGROUPS
 _VALUE_FREE = _KEY_FREE + _STAGES
 
 
-@partial(jax.jit, static_argnames=("keys", "scale", "multiprocessors"))
+@partial(jax.jit, static_argnames=("rows", "keys", "scale", "multiprocessors"))
 def flash_attention(
     query: Float[Array, "b t n d"],
     key: Float[Array, "b s n d"],
     value: Float[Array, "b s n d"],
+    rows: tuple[int, ...],
     keys: int,
     scale: float,
     multiprocessors: int,
-) -> Float[Array, "b t n d"]:
+) -> list[Float[Array, "b r n d"]]:
     """Softmax attention to the first `keys` rows of `key` and `value`, all of them bfloat16 or float16; softmax and
-    sums are float32. Numbers of tokens are multiples of 8, the rows of a tile that the hardware copies; heads have 64
-    features."""
+    sums are float32. So many `rows` of the result after one another are arrays of their own.
+
+    Heads have 64 features. Numbers of tokens are multiples of 8, the rows of a tile that the hardware copies, those of
+    all arrays of the result but the last multiples of 64, which a warpgroup serves."""
     batch, tokens, heads, head_size = query.shape
     tall, most, least, blocks = _blocks_of_rows(tokens, batch * heads, multiprocessors)
     steps = pl.cdiv(keys, _KEYS)
     in_first = keys - (steps - 1) * _KEYS
     to_powers_of_two = scale * math.log2(math.e)
 
-    def kernel(query_ref, key_ref, value_ref, out_ref, rows, fetched_keys, fetched_values, *arrivals):
-        rows_there, keys_there, values_there = arrivals
+    def kernel(query_ref, key_ref, value_ref, *refs):
+        out_refs, (queries, fetched_keys, fetched_values, *arrivals) = refs[: len(rows)], refs[len(rows) :]
+        queries_there, keys_there, values_there = arrivals
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         image, head = lax.div(lax.axis_index("head"), heads), lax.rem(lax.axis_index("head"), heads)
         warpgroups = jnp.where(block < tall, most, least)
@@ -79,8 +84,9 @@ def flash_attention(
         @pl.when(warpgroup < warpgroups)
         def attend():
             plgpu.set_max_registers(_ATTEND_REGISTERS, action="increase")
-            place = pl.ds((before + warpgroup) * _ROWS, _ROWS)
-            plgpu.copy_gmem_to_smem(query_ref.at[image, place, head], rows.at[warpgroup], rows_there.at[warpgroup])
+            row = (before + warpgroup) * _ROWS
+            source, target = query_ref.at[image, pl.ds(row, _ROWS), head], queries.at[warpgroup]
+            plgpu.copy_gmem_to_smem(source, target, queries_there.at[warpgroup])
             following = jnp.where(warpgroup + 1 == warpgroups, 0, warpgroup + 1)
 
             def begin_turn():
@@ -94,14 +100,14 @@ def flash_attention(
                 pl.when(is_awaited)(partial(_barrier, "arrive", free + lax.rem(index, _STAGES), everyone))
 
             def add_products_with_keys(logits, slot):
-                plgpu.wgmma(logits, rows.at[warpgroup], plgpu.transpose_ref(fetched_keys.at[slot], (1, 0)))
+                plgpu.wgmma(logits, queries.at[warpgroup], plgpu.transpose_ref(fetched_keys.at[slot], (1, 0)))
 
             def softmax(logits, highest):
                 """New maxima of the rows, what older sums shrink by, and weights that are not normed yet."""
                 new = jnp.maximum(highest, logits.max(axis=1) * to_powers_of_two)
                 return new, jnp.exp2(highest - new), jnp.exp2(logits * to_powers_of_two - _by_row(new, logits))
 
-            def accumulate(out):
+            def mix(out):
                 def first_logits(logits):
                     plgpu.barrier_wait(keys_there.at[0])
                     begin_turn()
@@ -131,7 +137,7 @@ def flash_attention(
                     out[...] = so_far * _by_row(shrink, so_far)
                     return highest, sums, weights.astype(query.dtype)
 
-                plgpu.barrier_wait(rows_there.at[warpgroup])
+                plgpu.barrier_wait(queries_there.at[warpgroup])
                 logits = pl.run_scoped(first_logits, plgpu.ACC((_ROWS, _KEYS), jnp.float32))
                 release(_KEY_FREE, 0)
                 if in_first < _KEYS:
@@ -147,21 +153,25 @@ def flash_attention(
                 total = plgpu.wgmma_accumulator_load(out, wait_n=0)
                 return total * _by_row(1 / sums.sum(axis=1), total)
 
+            def write(out_ref, row):
+                plgpu.copy_smem_to_gmem(queries.at[warpgroup], out_ref.at[image, pl.ds(row, _ROWS), head])
+
             pl.when(warpgroup == warpgroups - 1)(end_turn)  # The first turn is the first warpgroup's.
-            mixed = pl.run_scoped(accumulate, plgpu.ACC((_ROWS, head_size), jnp.float32))
+            mixed = pl.run_scoped(mix, plgpu.ACC((_ROWS, head_size), jnp.float32))
             pl.when(warpgroup == 0)(begin_turn)  # The last turn, which nobody takes.
-            rows[warpgroup] = mixed.astype(query.dtype)
+            queries[warpgroup] = mixed.astype(query.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(rows.at[warpgroup], out_ref.at[image, place, head])
+            for out_ref, count, start in zip(out_refs, rows, accumulate(rows, initial=0)):
+                pl.when((row >= start) & (row < start + count))(partial(write, out_ref, row - start))
             plgpu.wait_smem_to_gmem(0)
 
     def shared(*shape: int) -> Any:
         transforms = (plgpu.TilingTransform((8, head_size)), plgpu.SwizzleTransform(2 * head_size))
         return plgpu.SMEM((*shape, head_size), query.dtype, transforms=transforms)
 
-    run: Callable[..., Array] = plgpu.kernel(
+    run: Callable[..., list[Array]] = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        out_type=[jax.ShapeDtypeStruct((batch, count, heads, head_size), query.dtype) for count in rows],
         scratch_types=[
             shared(_WARPGROUPS, _ROWS),
             shared(_STAGES, _KEYS),

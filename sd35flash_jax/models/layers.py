@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -28,53 +29,90 @@ def attention(
     key: Float[Array, "b s n d"],
     value: Float[Array, "b s n d"],
     *,
-    keys: int | None = None,
     bias: Float[Array, "1 n t s"] | None = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> Float[Array, "b t c"]:
-    """Softmax attention with heads merged on return; `scale` is 1/sqrt(d) unless given. Of keys and values the first
-    `keys` take part, all unless given.
+    """Softmax attention with heads merged on return; `scale` is 1/sqrt(d) unless given.
 
     Without bias and mask, a kernel of our own serves bfloat16 operands with heads of 64 on a Hopper GPU, and
     `_attention_by_heads` everything on a CPU. On NVIDIA GPUs cuDNN's flash kernel serves other bfloat16 operands
     without bias and with heads of up to 128; all else takes XLA's own attention.
     """
-    keys = key.shape[1] if keys is None else keys
+    rows, keys = (query.shape[1],), key.shape[1]
+    return _attention(query, key, value, rows=rows, keys=keys, bias=bias, causal=causal, scale=scale)[0]
+
+
+def joint_attention(
+    query: Float[Array, "b t n d"],
+    key: Float[Array, "b t n d"],
+    value: Float[Array, "b t n d"],
+    rows: tuple[int, ...],
+    keys: int,
+) -> list[Float[Array, "b r c"]]:
+    """Attention of streams that follow one another with so many rows each, an array for each. The first `keys` rows can
+    be attended to."""
+    return _attention(query, key, value, rows=rows, keys=keys, bias=None, causal=False, scale=None)
+
+
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    rows: tuple[int, ...],
+    keys: int,
+    bias: Array | None,
+    causal: bool,
+    scale: float | None,
+) -> list[Array]:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if bias is None and not causal and jax.default_backend() == "cpu" and _for_one_device():
-        return _attention_by_heads(query, key[:, :keys], value[:, :keys], scale)
-    library = partial(_library_attention, keys=keys, bias=bias, causal=causal, scale=scale)
-    if bias is None and not causal and _on_one_hopper() and _suits_flash_attention(query, key):
+        return _parts(_attention_by_heads(query, key[:, :keys], value[:, :keys], scale), rows)
+    library = partial(_library_attention, rows=rows, keys=keys, bias=bias, causal=causal, scale=scale)
+    mixed: list[Array]
+    if bias is None and not causal and _on_one_hopper() and _suits_flash_attention(query, key, rows):
         # Imported here because it takes a fifth of a second.
         from sd35flash_jax.models.flash_attention import flash_attention
 
         multiprocessors = jax.devices()[0].core_count
-        kernel = partial(flash_attention, keys=keys, scale=scale, multiprocessors=multiprocessors)
+        kernel = partial(flash_attention, rows=rows, keys=keys, scale=scale, multiprocessors=multiprocessors)
         mixed = _on_hopper(kernel, library, query, key, value)
     else:
         mixed = library(query, key, value)
-    return mixed.reshape(*mixed.shape[:2], -1)
+    return [part.reshape(*part.shape[:2], -1) for part in mixed]
 
 
-def _suits_flash_attention(query: Array, key: Array) -> bool:
-    aligned = query.shape[1] % 8 == key.shape[1] % 8 == 0
+def _parts(x: Float[Array, "b t ..."], rows: Sequence[int]) -> list[Array]:
+    return jnp.split(x, list(accumulate(rows))[:-1], axis=1)
+
+
+def _suits_flash_attention(query: Array, key: Array, rows: tuple[int, ...]) -> bool:
+    aligned = query.shape[1] % 8 == key.shape[1] % 8 == 0 and all(count % 64 == 0 for count in rows[:-1])
     return query.dtype == jnp.bfloat16 and query.shape[-1] == 64 and aligned
 
 
 def _library_attention(
-    query: Array, key: Array, value: Array, *, keys: int, bias: Array | None, causal: bool, scale: float
-) -> Float[Array, "b t n d"]:
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    rows: tuple[int, ...],
+    keys: int,
+    bias: Array | None,
+    causal: bool,
+    scale: float,
+) -> list[Array]:
     key, value = key[:, :keys], value[:, :keys]
     options: dict[str, Any] = {"bias": bias, "is_causal": causal, "scale": scale}
     xla = partial(jax.nn.dot_product_attention, implementation="xla", **options)
     cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
     if query.dtype != jnp.bfloat16 or bias is not None or query.shape[-1] > 128 or _compute_capability() < 8:
-        return xla(query, key, value)
+        return _parts(xla(query, key, value), rows)
     forward = partial(jax.lax.platform_dependent, cuda=cudnn, default=xla)
     even = partial(_with_even_tokens, cudnn)
     backward = partial(jax.lax.platform_dependent, cuda=partial(_gradient, even), default=partial(_gradient, xla))
-    return differentiable(forward, backward)(query, key, value)
+    return _parts(differentiable(forward, backward)(query, key, value), rows)
 
 
 def _with_even_tokens(attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:

@@ -19,6 +19,7 @@ from sd35flash_jax.models.layers import (
     add_and_norm,
     attention,
     joined_heads,
+    joint_attention,
     map_blocks,
     scan_blocks,
     sinusoidal_embedding,
@@ -149,8 +150,8 @@ class JointBlock(nnx.Module):
         _, [normed_context] = add_and_norm(context, [], context_vectors, (), ((SHIFT, SCALE),))
         streams = [self.image.attention.project(normed_image), self.context.attention.project(normed_context)]
         joined = joined_heads(streams, self.image.attention.heads)
-        mixed = attention(*joined, keys=image.shape[1] + context_tokens)
-        to_image, to_context = jnp.split(mixed, [image.shape[1]], axis=1)
+        rows = image.shape[1], context.shape[1]
+        to_image, to_context = joint_attention(*joined, rows, image.shape[1] + context_tokens)
 
         image = self.image.update(image, to_image, rest[0] if dual else None, image_vectors)
         if isinstance(self.context, Stream):

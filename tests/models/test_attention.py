@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sd35flash_jax.models import layers
-from sd35flash_jax.models.layers import attention
+from sd35flash_jax.models.layers import attention, joint_attention
 
 
 def literal_attention(query, key, value, causal=False, scale=None):
@@ -34,13 +34,13 @@ def test_attention_is_the_softmax_weighted_mean_of_the_values(causal, scale):
     np.testing.assert_allclose(mixed, literal_attention(query, key, value, causal, scale), atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_keys_beyond_those_named_take_no_part(causal):
+def test_joint_attention_gives_each_stream_its_rows_and_leaves_out_keys_beyond_those_named():
     query, key, value = operands(9)
     with jax.default_matmul_precision("highest"):
-        mixed = attention(query[:, :5], key, value, keys=5, causal=causal)
-    expected = literal_attention(query[:, :5], key[:, :5], value[:, :5], causal)
-    np.testing.assert_allclose(mixed, expected, atol=1e-5)
+        parts = joint_attention(query, key, value, (2, 7), 5)
+    assert [part.shape[1] for part in parts] == [2, 7]
+    expected = literal_attention(query, key[:, :5], value[:, :5])
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("together", [1, 4, 6])
