@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,10 +89,11 @@ class StreamedArray:
 
 @dataclass(frozen=True)
 class StoredArray:
-    """A parameter on the disk, to be read whole or in part: a zarr array and, where that is int8, the float32 scales
-    that broadcast against it."""
+    """A parameter on the disk, to be read whole or in part: a zarr array, its folder and, where it is int8, the float32
+    scales that broadcast against it."""
 
     values: ts.TensorStore
+    folder: Path
     scales: np.ndarray | None = None
 
     @property
@@ -117,6 +118,21 @@ class StoredArray:
         weights = buffer[start : start + buffer.size - _CPU_ALIGNMENT].view(dtype).reshape(values.shape)
         ts.array(weights).write(ts.cast(values, ts.dtype(dtype))).result()
         return weights
+
+    def mapped(self, layer: int | None = None) -> np.ndarray | None:
+        """The weights of a layer or of all as they lie in their file, mapped into memory and not copied; none where
+        they are not all in one file, or not as they are."""
+        shape = self.shape if layer is None else (1, *self.shape[1:])
+        if self.scales is not None or not self._is_plain or self.values.chunk_layout.read_chunk.shape != shape:
+            return None
+        key = ".".join(["0" if layer is None else str(layer), *["0"] * (len(shape) - 1)])
+        whole = np.memmap(self.folder / key, self.dtype, "r", shape=shape or (1,))
+        return whole.reshape(shape if layer is None else shape[1:])
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        stored = self.values.spec().to_json()["metadata"]
+        return stored["compressor"] is None and stored["order"] == "C" and not stored["dtype"].startswith(">")
 
 
 @dataclass(frozen=True)
@@ -548,9 +564,18 @@ def _reads(folder: Path, module: nnx.Module) -> dict[str, Callable[[], jax.Array
 
 def _read(stored: StoredArray, layer: int | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     assert wanted.sharding is not None
-    read = partial(stored.read, np.dtype(wanted.dtype), layer)
+    read: Callable[[Any], np.ndarray] = partial(stored.read, np.dtype(wanted.dtype), layer)
+    if stored.dtype == wanted.dtype and not _on_host(wanted.sharding):
+        # What goes to a device need not be copied on the way. On the host itself JAX would keep the file's own memory.
+        mapped = stored.mapped(layer)
+        read = read if mapped is None else mapped.__getitem__
     # Waiting bounds what is in host memory to what the readers hold.
     return jax.make_array_from_callback(wanted.shape, wanted.sharding, read).block_until_ready()
+
+
+def _on_host(sharding: jax.sharding.Sharding) -> bool:
+    devices: set[Any] = sharding.device_set
+    return any(device.platform == "cpu" for device in devices)
 
 
 # The arrays are read with TensorStore, a few at a time and out of the system's own memory of the files: Orbax itself
@@ -581,7 +606,7 @@ def _open_stored(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         },
     )
     return {
-        param: StoredArray(store, scales[param + _SCALES].read().result() if param in shared else None)
+        param: StoredArray(store, folder / param, scales[param + _SCALES].read().result() if param in shared else None)
         for param, store in values.items()
     }
 

@@ -50,14 +50,16 @@ def configure() -> None:
 
 
 def start_devices() -> None:
-    """`configure`, and start JAX's backend in a thread: a GPU takes more than a second, in which Python can go on.
-    What fails there fails again, with its message, for the first who needs a device."""
+    """`configure`, and start JAX's backend in a thread, in which Python can go on. What fails there fails again, with
+    its message, for the first who needs a device. For a process that ends soon, memory is taken as it is needed: most
+    of a GPU's at once, as JAX does, would take most of a second to give back (`XLA_PYTHON_CLIENT_PREALLOCATE`)."""
 
     def start() -> None:
         with contextlib.suppress(RuntimeError):
             jax.devices()
 
     configure()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     threading.Thread(target=start).start()
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from sd35flash_jax.checkpoint import (
     BUNDLED,
     Checkpoint,
     CheckpointError,
+    StoredArray,
     StreamedArray,
     abstract_component,
     build_component,
@@ -141,6 +143,43 @@ def test_a_streamed_layer_of_zeros_has_its_file(tmp_path):
     save_checkpoint(tmp_path / "checkpoint", config, {"clip_l": arrays | streamed})
     assert len(chunks(tmp_path / "checkpoint" / "clip_l", "layers.linear_1.bias")) == len(zeros)
     assert not values(load_checkpoint(tmp_path / "checkpoint"), "clip_l")["layers.linear_1.bias"].any()
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_what_goes_to_a_device_is_mapped_from_its_files_where_they_hold_it_as_it_is(
+    stacked, clip_checkpoint, tmp_path, monkeypatch
+):
+    _, arrays = clip_checkpoint
+    # Some arrays in one file, the others in a file for each layer.
+    streamed = {
+        name: {
+            path: StreamedArray(array.shape, array.dtype, partial(enumerate, array))
+            if path.startswith("layers.") and path.endswith(".kernel")
+            else array
+            for path, array in own.items()
+        }
+        for name, own in arrays.items()
+    }
+    save_checkpoint(tmp_path / "checkpoint", CLIP, streamed)
+    expected = load_checkpoint(tmp_path / "checkpoint", dtype="float32", stacked=stacked)
+
+    mapped: list[bool] = []
+
+    def noted(self, layer=None, make=StoredArray.mapped):
+        made = make(self, layer)
+        mapped.append(isinstance(made, np.memmap))
+        return made
+
+    monkeypatch.setattr(StoredArray, "mapped", noted)
+    monkeypatch.setattr("sd35flash_jax.checkpoint._on_host", lambda sharding: False)
+    found = load_checkpoint(tmp_path / "checkpoint", dtype="float32", stacked=stacked)
+    assert True in mapped and False in mapped
+    for name in CLIP.components:
+        for path, array in values(expected, name).items():
+            np.testing.assert_array_equal(values(found, name)[path], array)
+    mapped.clear()
+    load_checkpoint(tmp_path / "checkpoint", dtype="bfloat16", stacked=stacked)
+    assert not mapped
 
 
 # int8
