@@ -18,12 +18,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -477,21 +477,20 @@ def read_weights(path: str | os.PathLike, opened: Checkpoint, progress: bool = F
     """
     folder = Path(path).expanduser()
     reads = {name: _reads(folder / name, module) for name, module in opened.components.items()}
-    wanted = [array for module in opened.components.values() for array in parameters(module).values()]
-    total = sum(array.size * array.dtype.itemsize for array in wanted)
+    total = sum(read.nbytes for own in reads.values() for read in own)
+    restored: dict[str, dict[str, jax.Array]] = {name: {} for name in reads}
     readers = ThreadPoolExecutor(_READERS)
     try:
-        reading = {name: {param: readers.submit(read) for param, read in own.items()} for name, own in reads.items()}
+        reading = {readers.submit(_read, group): name for name, own in reads.items() for group in _groups(own)}
         with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-            for array in as_completed(future for own in reading.values() for future in own.values()):
-                bar.update(array.result().nbytes)
+            for future in as_completed(reading):
+                arrays = future.result()
+                restored[reading[future]] |= arrays
+                bar.update(sum(array.nbytes for array in arrays.values()))
     finally:
         readers.shutdown(cancel_futures=True)
-    restored = {
-        name: with_parameters(module, {param: future.result() for param, future in reading[name].items()})
-        for name, module in opened.components.items()
-    }
-    return Checkpoint(opened.config, restored, opened.tokenizers)
+    components = {name: with_parameters(module, restored[name]) for name, module in opened.components.items()}
+    return Checkpoint(opened.config, components, opened.tokenizers)
 
 
 def open_stored(path: str | os.PathLike, name: str, config: ModelConfig) -> dict[str, StoredArray]:
@@ -547,9 +546,21 @@ def _check_files(folder: Path, components: Sequence[str]) -> None:
             )
 
 
-def _reads(folder: Path, module: nnx.Module) -> dict[str, Callable[[], jax.Array]]:
-    """Calls that bring each parameter of a module of `ShapeDtypeStruct`s from where it is stored to where it belongs,
-    by dotted path."""
+class _Read(NamedTuple):
+    """What is to be read of a stored array, for the parameter of this dotted path."""
+
+    param: str
+    stored: StoredArray
+    layer: int | None
+    wanted: jax.ShapeDtypeStruct
+
+    @property
+    def nbytes(self) -> int:
+        return self.wanted.size * self.wanted.dtype.itemsize
+
+
+def _reads(folder: Path, module: nnx.Module) -> list[_Read]:
+    """What brings each parameter of a module of `ShapeDtypeStruct`s from where it is stored to where it belongs."""
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, tuple[str, int | None, jax.ShapeDtypeStruct]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
@@ -559,21 +570,40 @@ def _reads(folder: Path, module: nnx.Module) -> dict[str, Callable[[], jax.Array
         shapes[param] = (*count, *wanted.shape)
         places[_dotted(path)] = param, layer, wanted
     stores = _open_stored(folder, shapes)
-    return {path: partial(_read, stores[param], layer, wanted) for path, (param, layer, wanted) in places.items()}
+    return [_Read(path, stores[param], layer, wanted) for path, (param, layer, wanted) in places.items()]
 
 
-def _read(stored: StoredArray, layer: int | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+def _groups(reads: Iterable[_Read]) -> Iterator[list[_Read]]:
+    """What is waited for together: each wait may lose Python's lock to another thread, which keeps it for a while."""
+    group: list[_Read] = []
+    size = 0
+    for read in reads:
+        if group and size + read.nbytes > _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(read)
+        size += read.nbytes
+    if group:
+        yield group
+
+
+def _read(group: Sequence[_Read]) -> dict[str, jax.Array]:
+    # Waiting bounds what is in host memory to what the readers hold.
+    return jax.block_until_ready({read.param: _begin(read.stored, read.layer, read.wanted) for read in group})
+
+
+def _begin(stored: StoredArray, layer: int | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     assert wanted.sharding is not None
     read: Callable[[Any], np.ndarray] = partial(stored.read, np.dtype(wanted.dtype), layer)
-    if stored.dtype == wanted.dtype and not _on_host(wanted.sharding):
+    if stored.dtype == wanted.dtype and not on_host(wanted.sharding):
         # What goes to a device need not be copied on the way. On the host itself JAX would keep the file's own memory.
         mapped = stored.mapped(layer)
         read = read if mapped is None else mapped.__getitem__
-    # Waiting bounds what is in host memory to what the readers hold.
-    return jax.make_array_from_callback(wanted.shape, wanted.sharding, read).block_until_ready()
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, read)
 
 
-def _on_host(sharding: jax.sharding.Sharding) -> bool:
+def on_host(sharding: jax.sharding.Sharding) -> bool:
+    """Whether arrays that are placed so are in the host's own memory."""
     devices: set[Any] = sharding.device_set
     return any(device.platform == "cpu" for device in devices)
 
@@ -581,6 +611,7 @@ def _on_host(sharding: jax.sharding.Sharding) -> bool:
 # The arrays are read with TensorStore, a few at a time and out of the system's own memory of the files: Orbax itself
 # would hold each on the host twice.
 _READERS = 4
+_GROUP_BYTES = 2**26
 _READING = ts.Context(
     {
         "file_io_concurrency": {"limit": _READERS},

@@ -25,12 +25,12 @@ from sd35flash_jax import compilation, sampling
 from sd35flash_jax.checkpoint import (
     Checkpoint,
     bundled_checkpoint,
+    on_host,
     open_checkpoint,
     own_path,
     parameters,
     read_config,
     read_weights,
-    tokenizer_folders,
     with_parameters,
 )
 from sd35flash_jax.config import DOWNSAMPLING, TEXT_ENCODERS, ModelConfig
@@ -129,18 +129,22 @@ class FlashPipeline:
         present = read_config(path).components
         wanted = [name for name in present if name not in TEXT_ENCODERS]
         wanted += [name for name in present if name in TEXT_ENCODERS] if text_encoders is None else text_encoders
-        beside = ThreadPoolExecutor(2)
+        opened = open_checkpoint(path, wanted, dtype, device, stacked=None)
+        # What takes Python's time goes on beside what does not, one after another: threads that want Python at the same
+        # time take longer together.
+        beside = ThreadPoolExecutor(1)
         try:
-            # What takes Python's time, such as transformers' import, goes on beside what does not.
-            tokenizers = beside.submit(_load_tokenizers, tokenizer_folders(path, wanted))
-            opened = open_checkpoint(path, wanted, dtype, device, stacked=None)
             if compile_for is not None:
                 described = cls(opened.config, opened.components, {}, max_t5_tokens)
                 compiled = beside.submit(described.compile, *compile_for, progress)
+            tokenizers = beside.submit(_load_tokenizers, opened.tokenizers)  # Imports transformers.
             weights = read_weights(path, opened, progress)
+            pipe = cls(weights.config, weights.components, {}, max_t5_tokens)
             if compile_for is not None:
                 compiled.result()
-            return cls(weights.config, weights.components, tokenizers.result(), max_t5_tokens)
+                pipe._run_once(*compile_for)
+            pipe.tokenizers = tokenizers.result()
+            return pipe
         finally:
             beside.shutdown(wait=False)
 
@@ -262,6 +266,17 @@ class FlashPipeline:
             # On the second line: weights may be loading on the first.
             for compiled in tqdm(waiting, "compiling", len(compiling), False, position=1, disable=not progress):
                 compiled.result()
+
+    def _run_once(self, batch: int, height: int | None, width: int | None) -> None:
+        """On a GPU, encode, evaluate and decode nothing in particular: a program that an earlier process compiled sets
+        up its kernels when it first runs, which takes as long as several images."""
+        counts = token_counts(self.config, self.max_t5_tokens)
+        tokens = {name: np.zeros((batch, counts[name]), np.int32) for name in TEXT_ENCODERS if name in self.components}
+        if on_host(self.placement) or not tokens:
+            return
+        height, width = _size(self.config, height, width)
+        latents = self.denoise(self.noise(0, batch, height, width), self.encode_tokens(tokens), steps=1)
+        self.decode(latents).block_until_ready()
 
     def load_lora(self, path: str | os.PathLike, scale: float = 1.0) -> None:
         """Merge a LoRA into the loaded components, on top of those loaded before. Nothing recompiles.

@@ -171,7 +171,7 @@ def test_what_goes_to_a_device_is_mapped_from_its_files_where_they_hold_it_as_it
         return made
 
     monkeypatch.setattr(StoredArray, "mapped", noted)
-    monkeypatch.setattr("sd35flash_jax.checkpoint._on_host", lambda sharding: False)
+    monkeypatch.setattr("sd35flash_jax.checkpoint.on_host", lambda sharding: False)
     found = load_checkpoint(tmp_path / "checkpoint", dtype="float32", stacked=stacked)
     assert True in mapped and False in mapped
     for name in CLIP.components:

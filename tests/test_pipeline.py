@@ -39,6 +39,16 @@ def test_a_call_compiles_nothing_where_its_size_was_compiled_for_while_the_weigh
     assert compilations == []
 
 
+@pytest.mark.parametrize("on_host", [True, False])
+def test_programs_run_once_while_tokenizers_load_where_that_sets_a_device_up(small_checkpoint, on_host, monkeypatch):
+    monkeypatch.setattr("sd35flash_jax.pipeline.on_host", lambda sharding: on_host)
+    decoded = []
+    monkeypatch.setattr(FlashPipeline, "decode", lambda pipe, latents: decoded.append(latents.shape) or latents)
+    pipe = FlashPipeline.from_pretrained(small_checkpoint, max_t5_tokens=24, compile_for=(2, 112, 80))
+    assert decoded == [] if on_host else decoded == [(2, 14, 10, 16)]
+    assert set(pipe.tokenizers) == {"clip_l", "clip_g", "t5"}
+
+
 def test_what_cannot_be_compiled_for_is_refused(pipe):
     with pytest.raises(ValueError, match="height 100"):
         pipe.compile(1, 100, 64)
