@@ -608,8 +608,8 @@ def on_host(sharding: jax.sharding.Sharding) -> bool:
     return any(device.platform == "cpu" for device in devices)
 
 
-# The arrays are read with TensorStore, a few at a time and out of the system's own memory of the files: Orbax itself
-# would hold each on the host twice.
+# Where `StoredArray.mapped` does not serve them, arrays are read with TensorStore, a few at a time and out of the
+# system's own memory of the files: Orbax itself would hold each on the host twice.
 _READERS = 4
 _GROUP_BYTES = 2**26
 _READING = ts.Context(

@@ -190,14 +190,14 @@ def _for_one_image() -> Iterator[None]:
     """Settings of Python's for a process that starts, makes an image and ends. Nothing is searched for reference
     cycles, which would take a sixth of its time, and a thread that works keeps Python's lock for less long, lest those
     that read weights wait for the one that traces programs."""
-    interval = sys.getswitchinterval()
+    interval, searches = sys.getswitchinterval(), gc.isenabled()
     sys.setswitchinterval(0.0005)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # At the end of a process a search would be in vain.
-        gc.enable()
+        if searches:
+            gc.enable()
         sys.setswitchinterval(interval)
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -50,12 +51,16 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
     def end() -> None:
         if status is not None:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            except OSError:
+                os._exit(EXIT_FAILED)  # What was printed is lost: its reader has gone, or the disk is full.
             os._exit(status)
 
     atexit.register(end)  # The first that is registered is the last that is called.
     status = main()
+    gc.freeze()  # At the end of a process a search for reference cycles would be in vain.
     leave(status)
 
 

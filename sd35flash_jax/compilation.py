@@ -6,6 +6,8 @@
   options of their own (`GPU_SIDE_BY_SIDE`), again but for those it names.
 - `JAX_COMPILATION_CACHE_DIR` (or `jax.config`) chooses another folder, `JAX_ENABLE_COMPILATION_CACHE=0` turns the cache
   off, `JAX_COMPILATION_CACHE_MAX_SIZE` bounds it in bytes. Its folder can be deleted at any time.
+- `XLA_PYTHON_CLIENT_PREALLOCATE`, or a fraction of the memory that is to be taken, keeps `start_devices` from setting
+  the former.
 """
 
 import contextlib
@@ -37,6 +39,11 @@ else is better off in order: kernels side by side cannot share memory, and an ev
 tenth longer at 512 px."""
 
 _USERS_FLAGS = os.environ.get("XLA_FLAGS", "").strip()  # On import, before `configure` adds ours.
+_MEMORY_SETTINGS = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_CLIENT_MEM_FRACTION",
+}
 _ENABLED = "jax_enable_compilation_cache"
 _FOLDER = "jax_compilation_cache_dir"
 _MIN_COMPILE_TIME = "jax_persistent_cache_min_compile_time_secs"
@@ -50,17 +57,18 @@ def configure() -> None:
 
 
 def start_devices() -> None:
-    """`configure`, and start JAX's backend in a thread, in which Python can go on. What fails there fails again, with
-    its message, for the first who needs a device. For a process that ends soon, memory is taken as it is needed: most
-    of a GPU's at once, as JAX does, would take most of a second to give back (`XLA_PYTHON_CLIENT_PREALLOCATE`)."""
+    """`configure`, and start JAX's backend in a thread, beside which Python can go on. What fails there fails again,
+    with its message, for the first who needs a device. For a process that ends soon, memory is taken as it is needed:
+    most of a GPU's at once, as JAX does, takes most of a second to give back (`XLA_PYTHON_CLIENT_PREALLOCATE`)."""
 
     def start() -> None:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(Exception):
             jax.devices()
 
     configure()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    threading.Thread(target=start).start()
+    if not _MEMORY_SETTINGS & os.environ.keys():
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    threading.Thread(target=start, daemon=True).start()  # Who is refused need not wait for it.
 
 
 def gpu_options(options: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -111,7 +111,7 @@ class FlashPipeline:
                 given.
             progress: show a bar on standard error.
             compile_for: a batch, height and width, as `compile` takes them, that are compiled for while the weights
-                are read.
+                are read. On an accelerator one step is run as well, with the memory that an image takes.
 
         Raises:
             ValueError: an option is out of range.
@@ -268,8 +268,9 @@ class FlashPipeline:
                 compiled.result()
 
     def _run_once(self, batch: int, height: int | None, width: int | None) -> None:
-        """On a GPU, encode, evaluate and decode nothing in particular: a program that an earlier process compiled sets
-        up its kernels when it first runs, which takes as long as several images."""
+        """On an accelerator, encode, evaluate and decode nothing in particular, if there are text encoders: a program
+        that an earlier process compiled sets up its kernels when it first runs, which takes as long as several images.
+        """
         counts = token_counts(self.config, self.max_t5_tokens)
         tokens = {name: np.zeros((batch, counts[name]), np.int32) for name in TEXT_ENCODERS if name in self.components}
         if on_host(self.placement) or not tokens:

@@ -139,9 +139,18 @@ def test_generate_imports_neither_jax_before_it_begins_nor_what_it_does_not_use(
 
 @pytest.mark.parametrize("seed", [0, -1], ids=["done", "failed"])
 def test_pythons_settings_are_put_back_after_an_image(seed, small_checkpoint, tmp_path, capsys):
-    before = gc.isenabled(), sys.getswitchinterval()
+    def settings():
+        return gc.isenabled(), gc.get_freeze_count(), sys.getswitchinterval()
+
+    before = settings()
     assert run(capsys, *small(small_checkpoint, tmp_path / "x.png", "--seed", seed))[0] == -seed
-    assert (gc.isenabled(), sys.getswitchinterval()) == before == (True, before[1])
+    assert settings() == before
+    gc.disable()
+    try:
+        assert run(capsys, *small(small_checkpoint, tmp_path / "y.png", "--seed", -1))[0] == 1
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "x", "--steps", "many"]])

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,17 @@ def test_a_program_ends_with_its_status_after_all_that_is_to_be_done_at_its_end(
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (status, "printed registered\n")
     assert ("ZeroDivisionError" in done.stderr) == ("Zero" in ending)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_program_whose_last_words_are_lost_fails_without_a_traceback():
+    program = "from sd35flash_jax.command import run_program\nrun_program(lambda: print('lost') or 0)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered
+        )
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_program_does_without_the_interpreters_teardown():

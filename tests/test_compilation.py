@@ -123,8 +123,19 @@ def test_a_program_with_options_of_its_own_is_compiled_ahead_and_not_again(compi
     np.testing.assert_array_equal(result, 2)
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError("Unable to initialize backend 'cuda'")])
-def test_devices_start_in_a_thread_which_leaves_it_to_others_to_say_that_there_are_none(error, monkeypatch, recwarn):
+@pytest.fixture
+def no_memory_settings(monkeypatch):
+    for name in compilation._MEMORY_SETTINGS:
+        monkeypatch.setenv(name, "")  # Put back at the end, whatever is set meanwhile.
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("Unable to initialize backend 'cuda'"), ValueError("x")])
+def test_devices_start_in_a_thread_which_leaves_it_to_others_to_say_that_there_are_none(
+    error, monkeypatch, no_memory_settings
+):
+    unhandled: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", unhandled.append)
     monkeypatch.setattr(compilation, "configure", lambda: None)
     started = Mock(side_effect=error)
     monkeypatch.setattr(jax, "devices", lambda: started(threading.current_thread()))
@@ -133,7 +144,24 @@ def test_devices_start_in_a_thread_which_leaves_it_to_others_to_say_that_there_a
     for thread in set(threading.enumerate()) - before:
         thread.join()
     [call] = started.call_args_list
-    assert call.args[0] is not threading.current_thread() and not recwarn.list
+    assert call.args[0] is not threading.current_thread() and unhandled == []
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ({}, "false"),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, "true"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, None),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, None),
+    ],
+)
+def test_memory_is_taken_as_it_is_needed_unless_the_user_says_how(own, kept, monkeypatch, no_memory_settings):
+    monkeypatch.setattr(compilation, "configure", lambda: None)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    compilation.start_devices()
+    assert os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == kept
 
 
 @pytest.mark.skipif(not compilation.GPU_FLAGS, reason="there are none")

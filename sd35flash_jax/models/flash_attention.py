@@ -29,9 +29,9 @@ _STAGES = 2
 _THREADS = 128
 # Registers of a thread, of 128 at the start: fetching needs few, and what it gives up the others take.
 _FETCH_REGISTERS, _ATTEND_REGISTERS = 32, 160
-# Barriers of the hardware, of 16; those below are Mosaic's. One for each warpgroup's turn, then one for each stage of
-# keys and of values that may be overwritten.
-_TURN = 4
+# Barriers of the hardware, of 16; those below are Mosaic's, which takes 0 and one for each warpgroup. One for each
+# warpgroup's turn, then one for each stage of keys and of values that may be overwritten.
+_TURN = _WARPGROUPS + 2
 _KEY_FREE = _TURN + _WARPGROUPS
 _VALUE_FREE = _KEY_FREE + _STAGES
 
@@ -46,8 +46,8 @@ def flash_attention(
     scale: float,
     multiprocessors: int,
 ) -> list[Float[Array, "b r n d"]]:
-    """Softmax attention to the first `keys` rows of `key` and `value`, all of them bfloat16 or float16; softmax and
-    sums are float32. So many `rows` of the result after one another are arrays of their own.
+    """Softmax attention to the first `keys` rows of `key` and `value`, all of them bfloat16; softmax and sums are
+    float32. Later rows may hold anything finite. So many `rows` of the result after one another are an array each.
 
     Heads have 64 features. Numbers of tokens are multiples of 8, the rows of a tile that the hardware copies, those of
     all arrays of the result but the last multiples of 64, which a warpgroup serves."""
