@@ -589,17 +589,18 @@ def _groups(reads: Iterable[_Read]) -> Iterator[list[_Read]]:
 
 def _read(group: Sequence[_Read]) -> dict[str, jax.Array]:
     # Waiting bounds what is in host memory to what the readers hold.
-    return jax.block_until_ready({read.param: _begin(read.stored, read.layer, read.wanted) for read in group})
+    return jax.block_until_ready({read.param: _begin(read) for read in group})
 
 
-def _begin(stored: StoredArray, layer: int | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+def _begin(read: _Read) -> jax.Array:
+    _, stored, layer, wanted = read
     assert wanted.sharding is not None
-    read: Callable[[Any], np.ndarray] = partial(stored.read, np.dtype(wanted.dtype), layer)
+    part: Callable[[Any], np.ndarray] = partial(stored.read, np.dtype(wanted.dtype), layer)
     if stored.dtype == wanted.dtype and not on_host(wanted.sharding):
         # What goes to a device need not be copied on the way. On the host itself JAX would keep the file's own memory.
         mapped = stored.mapped(layer)
-        read = read if mapped is None else mapped.__getitem__
-    return jax.make_array_from_callback(wanted.shape, wanted.sharding, read)
+        part = part if mapped is None else mapped.__getitem__
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
 
 
 def on_host(sharding: jax.sharding.Sharding) -> bool:

@@ -45,9 +45,10 @@ def flash_attention(
     keys: int,
     scale: float,
     multiprocessors: int,
-) -> list[Float[Array, "b r n d"]]:
+) -> list[Float[Array, "b r c"]]:
     """Softmax attention to the first `keys` rows of `key` and `value`, all of them bfloat16; softmax and sums are
-    float32. Later rows may hold anything finite. So many `rows` of the result after one another are an array each.
+    float32. Later rows may hold anything finite. Heads are merged on return, and so many `rows` of the result after one
+    another are an array each.
 
     Heads have 64 features. Numbers of tokens are multiples of 8, the rows of a tile that the hardware copies, those of
     all arrays of the result but the last multiples of 64, which a warpgroup serves."""
@@ -188,7 +189,7 @@ def flash_attention(
         # The barriers are all here already.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return run(query, key, value)
+    return [mixed.reshape(*mixed.shape[:2], -1) for mixed in run(query, key, value)]
 
 
 def _blocks_of_rows(tokens: int, heads: int, multiprocessors: int) -> tuple[int, int, int, int]:

@@ -39,52 +39,38 @@ def attention(
     `_attention_by_heads` everything on a CPU. On NVIDIA GPUs cuDNN's flash kernel serves other bfloat16 operands
     without bias and with heads of up to 128; all else takes XLA's own attention.
     """
-    rows, keys = (query.shape[1],), key.shape[1]
-    return _attention(query, key, value, rows=rows, keys=keys, bias=bias, causal=causal, scale=scale)[0]
+    if bias is None and not causal:
+        return joint_attention(query, key, value, (query.shape[1],), key.shape[1], scale)[0]
+    return _library_attention(query, key, value, scale, bias, causal)
 
 
 def joint_attention(
     query: Float[Array, "b t n d"],
-    key: Float[Array, "b t n d"],
-    value: Float[Array, "b t n d"],
+    key: Float[Array, "b s n d"],
+    value: Float[Array, "b s n d"],
     rows: tuple[int, ...],
     keys: int,
+    scale: float | None = None,
 ) -> list[Float[Array, "b r c"]]:
-    """Attention of streams that follow one another with so many rows each, an array for each. The first `keys` rows can
-    be attended to."""
-    return _attention(query, key, value, rows=rows, keys=keys, bias=None, causal=False, scale=None)
-
-
-def _attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    rows: tuple[int, ...],
-    keys: int,
-    bias: Array | None,
-    causal: bool,
-    scale: float | None,
-) -> list[Array]:
+    """`attention` without bias and mask, of streams that follow one another: so many `rows` of the result after one
+    another are an array each, and the first `keys` rows can be attended to."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if bias is None and not causal and jax.default_backend() == "cpu" and _for_one_device():
-        return _parts(_attention_by_heads(query, key[:, :keys], value[:, :keys], scale), rows)
-    library = partial(_library_attention, rows=rows, keys=keys, bias=bias, causal=causal, scale=scale)
-    mixed: list[Array]
-    if bias is None and not causal and _on_one_hopper() and _suits_flash_attention(query, key, rows):
-        # Imported here because it takes a fifth of a second.
-        from sd35flash_jax.models.flash_attention import flash_attention
+    is_for_cpu = jax.default_backend() == "cpu" and _for_one_device()
+    whole = _attention_by_heads if is_for_cpu else _library_attention
 
-        multiprocessors = jax.devices()[0].core_count
-        kernel = partial(flash_attention, rows=rows, keys=keys, scale=scale, multiprocessors=multiprocessors)
-        mixed = _on_hopper(kernel, library, query, key, value)
-    else:
-        mixed = library(query, key, value)
-    return [part.reshape(*part.shape[:2], -1) for part in mixed]
+    def portable(query: Array, key: Array, value: Array) -> list[Array]:
+        mixed = whole(query, key[:, :keys], value[:, :keys], scale)
+        return jnp.split(mixed, list(accumulate(rows))[:-1], axis=1)
 
+    if not _on_one_hopper() or not _suits_flash_attention(query, key, rows):
+        return portable(query, key, value)
+    # Imported here because it takes a fifth of a second.
+    from sd35flash_jax.models.flash_attention import flash_attention
 
-def _parts(x: Float[Array, "b t ..."], rows: Sequence[int]) -> list[Array]:
-    return jnp.split(x, list(accumulate(rows))[:-1], axis=1)
+    multiprocessors = jax.devices()[0].core_count
+    kernel = partial(flash_attention, rows=rows, keys=keys, scale=scale, multiprocessors=multiprocessors)
+    mixed: list[Array] = _on_hopper(kernel, portable, query, key, value)
+    return mixed
 
 
 def _suits_flash_attention(query: Array, key: Array, rows: tuple[int, ...]) -> bool:
@@ -93,26 +79,24 @@ def _suits_flash_attention(query: Array, key: Array, rows: tuple[int, ...]) -> b
 
 
 def _library_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    rows: tuple[int, ...],
-    keys: int,
-    bias: Array | None,
-    causal: bool,
-    scale: float,
-) -> list[Array]:
-    key, value = key[:, :keys], value[:, :keys]
+    query: Float[Array, "b t n d"],
+    key: Float[Array, "b s n d"],
+    value: Float[Array, "b s n d"],
+    scale: float | None,
+    bias: Float[Array, "1 n t s"] | None = None,
+    causal: bool = False,
+) -> Float[Array, "b t c"]:
     options: dict[str, Any] = {"bias": bias, "is_causal": causal, "scale": scale}
     xla = partial(jax.nn.dot_product_attention, implementation="xla", **options)
     cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn", **options)
-    if query.dtype != jnp.bfloat16 or bias is not None or query.shape[-1] > 128 or _compute_capability() < 8:
-        return _parts(xla(query, key, value), rows)
-    forward = partial(jax.lax.platform_dependent, cuda=cudnn, default=xla)
-    even = partial(_with_even_tokens, cudnn)
-    backward = partial(jax.lax.platform_dependent, cuda=partial(_gradient, even), default=partial(_gradient, xla))
-    return _parts(differentiable(forward, backward)(query, key, value), rows)
+    if query.dtype == jnp.bfloat16 and bias is None and query.shape[-1] <= 128 and _compute_capability() >= 8:
+        forward = partial(jax.lax.platform_dependent, cuda=cudnn, default=xla)
+        even = partial(_with_even_tokens, cudnn)
+        backward = partial(jax.lax.platform_dependent, cuda=partial(_gradient, even), default=partial(_gradient, xla))
+        mixed = differentiable(forward, backward)(query, key, value)
+    else:
+        mixed = xla(query, key, value)
+    return mixed.reshape(*mixed.shape[:2], -1)
 
 
 def _with_even_tokens(attend: Callable[..., Array], query: Array, key: Array, value: Array) -> Array:
