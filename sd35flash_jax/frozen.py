@@ -14,16 +14,23 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 @jax.tree_util.register_pytree_node_class
 class Frozen(Generic[Module]):
-    """A module's arrays and its structure; `module` puts them together again, within a program."""
+    """A module's arrays and its structure; `module` puts them together again, within a program.
 
-    def __init__(self, module: Module):
+    `identity` says which module of which configuration it is, in words that mean the same in every process; with it,
+    programs may be kept (`kept_programs`)."""
+
+    def __init__(self, module: Module, identity: str | None = None):
         leaves, structure = jax.tree.flatten(module)
         self._leaves = tuple(leaves)
-        self._structure = _STRUCTURES.setdefault(structure, _Structure(structure))
+        self._structure = _STRUCTURES.setdefault((structure, identity), _Structure(structure, identity))
 
     @property
     def module(self) -> Module:
         return jax.tree.unflatten(self._structure.definition, self._leaves)
+
+    @property
+    def identity(self) -> str | None:
+        return self._structure.identity
 
     def tree_flatten(self) -> tuple[tuple, "_Structure"]:
         return self._leaves, self._structure
@@ -38,8 +45,9 @@ class Frozen(Generic[Module]):
 class _Structure:
     """Equal to itself alone, so that programs are found without a comparison of structures."""
 
-    def __init__(self, definition: jax.tree_util.PyTreeDef):
+    def __init__(self, definition: jax.tree_util.PyTreeDef, identity: str | None):
         self.definition = definition
+        self.identity = identity
 
 
-_STRUCTURES: dict[jax.tree_util.PyTreeDef, _Structure] = {}
+_STRUCTURES: dict[tuple[jax.tree_util.PyTreeDef, str | None], _Structure] = {}

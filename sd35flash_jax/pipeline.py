@@ -35,6 +35,7 @@ from sd35flash_jax.checkpoint import (
 )
 from sd35flash_jax.config import DOWNSAMPLING, TEXT_ENCODERS, ModelConfig
 from sd35flash_jax.frozen import Frozen
+from sd35flash_jax.kept_programs import kept
 from sd35flash_jax.models.vae import VAE
 from sd35flash_jax.schedule import choose_sigmas
 from sd35flash_jax.text import Conditioning, encode_tokens, load_tokenizer, token_counts, tokenize
@@ -87,6 +88,7 @@ class FlashPipeline:
         self.dtype = parameter.dtype.name
         # Inputs are put where the parameters are: JAX compiles anew for an array it may place as it likes.
         self.placement = parameter.sharding
+        self._keeps_programs = False
 
     @classmethod
     def from_pretrained(
@@ -111,7 +113,8 @@ class FlashPipeline:
                 given.
             progress: show a bar on standard error.
             compile_for: a batch, height and width, as `compile` takes them, that are compiled for while the weights
-                are read. On an accelerator one step is run as well, with the memory that an image takes.
+                are read. On an accelerator one step is run as well, with the memory that an image takes. Programs are
+                traced in the first process alone (`kept_programs`), and have no gradient.
 
         Raises:
             ValueError: an option is out of range.
@@ -134,14 +137,16 @@ class FlashPipeline:
         # time take longer together.
         beside = ThreadPoolExecutor(1)
         try:
+            pipe = cls(opened.config, opened.components, {}, max_t5_tokens)
             if compile_for is not None:
-                described = cls(opened.config, opened.components, {}, max_t5_tokens)
-                compiled = beside.submit(described.compile, *compile_for, progress)
+                pipe._keeps_programs = _is_one_default_device(pipe.placement)
+                compiled = beside.submit(pipe.compile, *compile_for, progress)
             tokenizers = beside.submit(_load_tokenizers, opened.tokenizers)  # Imports transformers.
             weights = read_weights(path, opened, progress)
-            pipe = cls(weights.config, weights.components, {}, max_t5_tokens)
             if compile_for is not None:
                 compiled.result()
+            pipe.components = weights.components
+            if compile_for is not None:
                 pipe._run_once(*compile_for)
             pipe.tokenizers = tokenizers.result()
             return pipe
@@ -459,7 +464,8 @@ class FlashPipeline:
     def _frozen(self, name: str) -> Frozen:
         module = self._component(name)
         if name not in self._frozen_components or self._frozen_components[name][0] is not module:
-            self._frozen_components[name] = module, Frozen(module)
+            identity = f"{name}: {module.config}" if self._keeps_programs else None
+            self._frozen_components[name] = module, Frozen(module, identity)
         return self._frozen_components[name][1]
 
     def _put(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -505,6 +511,11 @@ class FlashPipeline:
         return Conditioning(
             jnp.broadcast_to(context, (batch, *context.shape[1:])), jnp.broadcast_to(pooled, (batch, *pooled.shape[1:]))
         )
+
+
+def _is_one_default_device(placement: jax.sharding.Sharding) -> bool:
+    devices: set[Any] = placement.device_set
+    return [device.platform for device in devices] == [jax.default_backend()]
 
 
 def _load_tokenizers(folders: Mapping[str, Path]) -> "dict[str, PreTrainedTokenizerBase]":
@@ -600,6 +611,7 @@ def _noise(seeds: Int[Array, " b"], shape: tuple[int, int, int]) -> Float[Array,
 
 
 @jax.jit
+@kept
 def _decode(vae: Frozen[VAE], latents: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
     return vae.module.decode(latents)
 

@@ -12,9 +12,11 @@ from operator import itemgetter
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jaxtyping import Array, Float
 
 from sd35flash_jax.frozen import Frozen
+from sd35flash_jax.kept_programs import kept
 from sd35flash_jax.models.mmdit import MMDiT, Modulation
 from sd35flash_jax.schedule import TRAIN_TIMESTEPS
 from sd35flash_jax.text import Conditioning
@@ -22,8 +24,11 @@ from sd35flash_jax.text import Conditioning
 # Modulation is a matrix product of few rows, as slow as the reading of its weights: a few steps' rows take no longer.
 STEPS_MODULATED = 4
 
+export.register_namedtuple_serialization(Modulation, serialized_name="sd35flash_jax.Modulation")
+
 
 @jax.jit
+@kept
 def modulations(
     transformer: Frozen[MMDiT], timesteps: Float[Array, "steps b"], pooled: Float[Array, "b p"]
 ) -> tuple[Modulation, ...]:
@@ -33,6 +38,7 @@ def modulations(
 
 
 @jax.jit
+@kept
 def add_velocity(
     transformer: Frozen[MMDiT],
     latents: Float[Array, "b h w c"],

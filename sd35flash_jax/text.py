@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jaxtyping import Array, Float, Int
 
 from sd35flash_jax.compilation import GPU_SIDE_BY_SIDE, gpu_options
 from sd35flash_jax.config import CLIPConfig, ModelConfig
 from sd35flash_jax.frozen import Frozen
+from sd35flash_jax.kept_programs import kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,14 @@ class Conditioning:
 
     context: Float[Array, "b t c"]
     pooled: Float[Array, "b p"]
+
+
+export.register_pytree_node_serialization(
+    Conditioning,
+    serialized_name="sd35flash_jax.Conditioning",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -106,6 +116,7 @@ def tokenize(
 
 
 @partial(jax.jit, static_argnames=("config", "t5_tokens"), compiler_options=gpu_options(GPU_SIDE_BY_SIDE))
+@kept
 def encode_tokens(
     encoders: dict[str, Frozen],
     tokens: dict[str, Int[Array, "b t"]],

@@ -1,0 +1,189 @@
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sd35flash_jax import FlashPipeline, kept_programs
+from sd35flash_jax.frozen import Frozen
+from sd35flash_jax.kept_programs import kept
+from sd35flash_jax.models.mmdit import MMDiT
+
+X = np.float32([[1, 2, 3]])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where programs are kept while the test runs; JAX's own cache stays off."""
+    monkeypatch.setattr(kept_programs, "_folder", lambda: tmp_path / "lowered")
+    return tmp_path / "lowered"
+
+
+@pytest.fixture
+def traced():
+    return []
+
+
+@pytest.fixture
+def program(traced):
+    """Makes a program as a new process has it, which notes each time that its Python code runs."""
+
+    def make():
+        @partial(jax.jit, static_argnames="power")
+        @kept
+        def apply(layer, x, *, power=2):
+            traced.append(x.shape)
+            return {"sum": layer.module(x) ** power, "first": x[:, 0]}
+
+        return apply
+
+    return make
+
+
+def layer(seed: int = 0, identity: str | None = "layer") -> Frozen[nnx.Linear]:
+    return Frozen(nnx.Linear(3, 2, rngs=nnx.Rngs(seed)), identity)
+
+
+def test_a_program_is_traced_once_and_then_read_with_the_same_results(folder, program, traced):
+    first, again = (program()(layer(), X) for _ in range(2))
+    assert traced == [(1, 3)] and len(list(folder.iterdir())) == 1
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    expected = layer().module(X) ** 2
+    np.testing.assert_allclose(again["sum"], expected, rtol=1e-6)
+
+
+def test_a_kept_program_takes_other_weights(folder, program, traced):
+    first, other = (program()(layer(seed), X)["sum"] for seed in (0, 1))
+    assert traced == [(1, 3)] and not np.allclose(first, other)
+    np.testing.assert_allclose(other, layer(1).module(X) ** 2, rtol=1e-6)
+
+
+def test_whatever_a_program_depends_on_has_a_program_of_its_own(folder, program, traced, monkeypatch):
+    def differently(**surroundings):
+        before = len(traced)
+        with jax.default_matmul_precision(surroundings.get("precision", "default")):
+            module = layer(identity=surroundings.get("identity", "layer"))
+            program()(module, surroundings.get("x", X), power=surroundings.get("power", 2))
+        return len(traced) - before
+
+    assert differently() == 1 and differently() == 0
+    assert differently(x=np.ones((2, 3), np.float32)) == 1
+    assert differently(x=X.astype(jnp.bfloat16)) == 1
+    assert differently(identity="another") == 1
+    assert differently(precision="highest") == 1
+    assert differently(power=3) == 1
+    monkeypatch.setattr(kept_programs, "_code", lambda: "changed")
+    assert differently() == 1
+    assert len(list(folder.iterdir())) == 7
+
+
+def test_the_code_that_programs_are_made_of_has_a_digest_that_changes_with_it(tmp_path, monkeypatch):
+    def digest():
+        kept_programs._code.cache_clear()
+        return kept_programs._code()
+
+    real = digest()
+    monkeypatch.setattr(kept_programs, "__file__", str(tmp_path / "kept_programs.py"))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "layer.py").write_text("a = 1")
+    first = digest()
+    (tmp_path / "models" / "layer.py").write_text("a = 2")
+    assert len({real, first, digest()}) == 3
+    monkeypatch.undo()
+    assert digest() == real
+
+
+def test_nothing_is_kept_of_a_module_without_identity(folder, program, traced):
+    for _ in range(2):
+        program()(layer(identity=None), X)
+    assert len(traced) == 2 and not folder.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a program", None])
+def test_a_damaged_file_is_made_anew(folder, program, traced, damage):
+    program()(layer(), X)
+    [file] = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    np.testing.assert_allclose(program()(layer(), X)["sum"], layer().module(X) ** 2, rtol=1e-6)
+    assert len(traced) == 2
+    program()(layer(), X)
+    assert len(traced) == 2, "it is whole again"
+
+
+@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else False, reason="the superuser may write anywhere")
+def test_a_folder_that_cannot_be_written_is_done_without(folder, program):
+    folder.parent.chmod(0o500)
+    np.testing.assert_allclose(program()(layer(), X)["sum"], layer().module(X) ** 2, rtol=1e-6)
+
+
+def test_a_file_in_the_place_of_the_folder_is_done_without(folder, program):
+    folder.write_text("in the way")
+    np.testing.assert_allclose(program()(layer(), X)["sum"], layer().module(X) ** 2, rtol=1e-6)
+    assert [path.name for path in folder.parent.iterdir()] == ["lowered"]
+
+
+@pytest.mark.parametrize(
+    "cache, enabled", [("/somewhere", True), ("gs://bucket", True), ("/somewhere", False), ("", True)]
+)
+def test_programs_are_kept_in_a_local_cache_alone(cache, enabled):
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        expected = Path("/somewhere/lowered") if enabled and cache.startswith("/") else None
+        assert kept_programs._folder() == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_enable_compilation_cache", before[1])
+
+
+def test_a_pipeline_that_is_compiled_for_while_it_is_loaded_traces_no_kept_program(
+    small_checkpoint, folder, monkeypatch, compilations
+):
+    evaluations = []
+    predict = MMDiT.predict
+    monkeypatch.setattr(MMDiT, "predict", lambda *arguments: evaluations.append(1) or predict(*arguments))
+    images = []
+    for _ in range(2):
+        jax.clear_caches()
+        evaluations.clear()
+        pipe = FlashPipeline.from_pretrained(small_checkpoint, max_t5_tokens=24, compile_for=(1, 64, 48))
+        compilations.clear()
+        images.append(pipe("a red fox", height=64, width=48, guidance=2.0).images[0])
+        assert compilations == []
+    assert evaluations == [] and {file.name.split("-")[0] for file in folder.iterdir()} == {
+        "encode_tokens",
+        "modulations",
+        "add_velocity",
+        "_decode",
+    }
+    plain = FlashPipeline.from_pretrained(small_checkpoint, max_t5_tokens=24)
+    images.append(plain("a red fox", height=64, width=48, guidance=2.0).images[0])
+    first, again, traced = (np.asarray(image) for image in images)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first.astype(int) - traced).max() <= 1
+
+
+def test_a_pipeline_on_several_devices_keeps_no_program(small_checkpoint, tmp_path):
+    script = f"""
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from sd35flash_jax import FlashPipeline
+jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
+mesh = jax.make_mesh((2,), ("data",))
+for device in (None, NamedSharding(mesh, PartitionSpec())):
+    pipe = FlashPipeline.from_pretrained({str(small_checkpoint)!r}, device=device, compile_for=(1, 64, 48))
+    print(pipe("a red fox", height=64, width=48).images[0].size)
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "1"
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout.split("\n")[:2] == ["(48, 64)", "(48, 64)"], run.stderr
+    assert len(list((tmp_path / "lowered").iterdir())) == 4
