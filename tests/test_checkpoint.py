@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from sd35flash_jax.checkpoint import (
     BUNDLED,
@@ -26,7 +27,7 @@ from sd35flash_jax.checkpoint import (
     with_parameters,
     written_whole,
 )
-from sd35flash_jax.config import ModelConfig
+from sd35flash_jax.config import PRESETS, ModelConfig
 from tests.tiny_model import CONFIG, random_parameters
 
 CLIP = ModelConfig(clip_l=CONFIG.clip_l, clip_g=CONFIG.clip_g)
@@ -101,6 +102,15 @@ def test_the_shapes_that_are_made_for_a_component_are_those_of_its_parameters(na
     built, described = build_component(name, CONFIG), abstract_component(name, CONFIG)
     assert jax.tree.structure(described) == jax.tree.structure(built)
     assert [array.shape for array in jax.tree.leaves(described)] == [array.shape for array in jax.tree.leaves(built)]
+
+
+@pytest.mark.parametrize("config", [CONFIG, PRESETS["sd3.5-medium"]], ids=["tiny", "sd3.5-medium"])
+@pytest.mark.parametrize("name", CONFIG.components)
+def test_a_component_described_without_keys_is_the_one_that_is_built_with_them(name, config):
+    described, built = abstract_component(name, config), jax.eval_shape(lambda: build_component(name, config))
+    assert jax.tree.structure(described) == jax.tree.structure(built)
+    assert jax.tree.leaves(described) == jax.tree.leaves(built)
+    assert nnx.graphdef(described) == nnx.graphdef(built)
 
 
 def test_parameters_are_cast_while_they_are_loaded(clip_checkpoint):

@@ -6,7 +6,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sd35flash_jax.config import CLIPConfig
-from sd35flash_jax.models.layers import Model, attention, embed, scan_blocks, split_heads, stack_blocks
+from sd35flash_jax.models.layers import (
+    Model,
+    attention,
+    embed,
+    embedding,
+    linear,
+    scan_blocks,
+    split_heads,
+    stack_blocks,
+)
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -26,11 +35,11 @@ class CLIPLayer(nnx.Module):
         self.heads = config.heads
         self.activation = config.activation
         self.attention_norm = nnx.LayerNorm(size, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-        self.qkv = nnx.Linear(size, 3 * size, rngs=rngs)
-        self.out = nnx.Linear(size, size, rngs=rngs)
+        self.qkv = linear(size, 3 * size, rngs=rngs)
+        self.out = linear(size, size, rngs=rngs)
         self.feed_forward_norm = nnx.LayerNorm(size, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-        self.linear_1 = nnx.Linear(size, config.feed_forward_size, rngs=rngs)
-        self.linear_2 = nnx.Linear(config.feed_forward_size, size, rngs=rngs)
+        self.linear_1 = linear(size, config.feed_forward_size, rngs=rngs)
+        self.linear_2 = linear(config.feed_forward_size, size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         query, key, value = split_heads(self.qkv(self.attention_norm(x)), self.heads)
@@ -46,11 +55,11 @@ class CLIPTextEncoder(Model):
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         size = config.hidden_size
         self.config = config
-        self.token_embed = nnx.Embed(config.vocabulary, size, rngs=rngs)
-        self.position_embed = nnx.Embed(config.positions, size, rngs=rngs)
+        self.token_embed = embedding(config.vocabulary, size, rngs=rngs)
+        self.position_embed = embedding(config.positions, size, rngs=rngs)
         self.layers = stack_blocks(lambda rngs: CLIPLayer(config, rngs=rngs), config.layers, rngs)
         self.final_norm = nnx.LayerNorm(size, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
-        self.projection = nnx.Linear(size, config.projection_size, use_bias=False, rngs=rngs)
+        self.projection = linear(size, config.projection_size, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> tuple[Float[Array, "b t c"], Float[Array, "b p"]]:
         """Encode token ids, at most `config.positions` of them a row.

@@ -20,6 +20,7 @@ from sd35flash_jax.models.layers import (
     attention,
     joined_heads,
     joint_attention,
+    linear,
     map_blocks,
     scan_blocks,
     sinusoidal_embedding,
@@ -38,8 +39,8 @@ class EmbeddingMLP(nnx.Module):
     """Two layers with a SiLU between: timestep or pooled text -> hidden size."""
 
     def __init__(self, size: int, hidden_size: int, *, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(size, hidden_size, rngs=rngs)
-        self.linear_2 = nnx.Linear(hidden_size, hidden_size, rngs=rngs)
+        self.linear_1 = linear(size, hidden_size, rngs=rngs)
+        self.linear_2 = linear(hidden_size, hidden_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b c"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
@@ -47,8 +48,8 @@ class EmbeddingMLP(nnx.Module):
 
 class FeedForward(nnx.Module):
     def __init__(self, size: int, *, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(size, 4 * size, rngs=rngs)
-        self.linear_2 = nnx.Linear(4 * size, size, rngs=rngs)
+        self.linear_1 = linear(size, 4 * size, rngs=rngs)
+        self.linear_2 = linear(4 * size, size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=True))
@@ -66,7 +67,7 @@ class Projection(nnx.Module):
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
-        self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
+        self.qkv = linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
         self.query_norm = HeadNorm(config.head_size) if config.qk_norm else None
         self.key_norm = HeadNorm(config.head_size) if config.qk_norm else None
 
@@ -80,14 +81,14 @@ class StreamAttention(Projection):
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
-        self.out = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.out = linear(config.hidden_size, config.hidden_size, rngs=rngs)
 
 
 class PreOnlyStream(nnx.Module):
     """The context's half of the last block: it feeds the attention and ends there, with one shift and scale."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
-        self.modulation = nnx.Linear(config.hidden_size, 2 * config.hidden_size, rngs=rngs)
+        self.modulation = linear(config.hidden_size, 2 * config.hidden_size, rngs=rngs)
         self.attention = Projection(config, rngs=rngs)
 
 
@@ -101,7 +102,7 @@ class Stream(nnx.Module):
 
     def __init__(self, config: MMDiTConfig, *, dual: bool = False, rngs: nnx.Rngs):
         size = config.hidden_size
-        self.modulation = nnx.Linear(size, (9 if dual else 6) * size, rngs=rngs)
+        self.modulation = linear(size, (9 if dual else 6) * size, rngs=rngs)
         self.attention = StreamAttention(config, rngs=rngs)
         self.second_attention = StreamAttention(config, rngs=rngs) if dual else None
         self.feed_forward = FeedForward(size, rngs=rngs)
@@ -177,11 +178,11 @@ class MMDiT(Model):
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         size, patch = config.hidden_size, config.patch_size
         self.config = config
-        self.patch_embed = nnx.Linear(patch * patch * config.latent_channels, size, rngs=rngs)
+        self.patch_embed = linear(patch * patch * config.latent_channels, size, rngs=rngs)
         self.position_table = Buffer(sincos_table(config.position_table_side, size, config.position_base))
         self.timestep_embed = EmbeddingMLP(SINUSOIDS, size, rngs=rngs)
         self.pooled_embed = EmbeddingMLP(config.pooled_size, size, rngs=rngs)
-        self.context_embed = nnx.Linear(config.context_size, size, rngs=rngs)
+        self.context_embed = linear(config.context_size, size, rngs=rngs)
 
         # Equal blocks are stacked and scanned; the last one differs, since its context stream ends in it.
         dual = min(config.dual_attention_blocks, config.depth - 1)
@@ -197,8 +198,8 @@ class MMDiT(Model):
         self.blocks = stack_blocks(make_plain, plain, rngs) if plain else None
         self.last_block = JointBlock(config, dual=config.dual_attention_blocks == config.depth, last=True, rngs=rngs)
 
-        self.out_modulation = nnx.Linear(size, 2 * size, rngs=rngs)
-        self.out = nnx.Linear(size, patch * patch * config.latent_channels, rngs=rngs)
+        self.out_modulation = linear(size, 2 * size, rngs=rngs)
+        self.out = linear(size, patch * patch * config.latent_channels, rngs=rngs)
 
     def __call__(
         self,

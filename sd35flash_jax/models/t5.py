@@ -9,7 +9,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sd35flash_jax.config import T5Config
-from sd35flash_jax.models.layers import Model, attention, embed, scan_blocks, split_heads, stack_blocks
+from sd35flash_jax.models.layers import (
+    Model,
+    attention,
+    embed,
+    embedding,
+    linear,
+    scan_blocks,
+    split_heads,
+    stack_blocks,
+)
 
 
 class T5Layer(nnx.Module):
@@ -17,12 +26,12 @@ class T5Layer(nnx.Module):
         size, inner = config.hidden_size, config.heads * config.head_size
         self.heads = config.heads
         self.attention_norm = nnx.RMSNorm(size, epsilon=config.norm_epsilon, rngs=rngs)
-        self.qkv = nnx.Linear(size, 3 * inner, use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(inner, size, use_bias=False, rngs=rngs)
+        self.qkv = linear(size, 3 * inner, use_bias=False, rngs=rngs)
+        self.out = linear(inner, size, use_bias=False, rngs=rngs)
         self.feed_forward_norm = nnx.RMSNorm(size, epsilon=config.norm_epsilon, rngs=rngs)
-        self.gate = nnx.Linear(size, config.feed_forward_size, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(size, config.feed_forward_size, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(config.feed_forward_size, size, use_bias=False, rngs=rngs)
+        self.gate = linear(size, config.feed_forward_size, use_bias=False, rngs=rngs)
+        self.up = linear(size, config.feed_forward_size, use_bias=False, rngs=rngs)
+        self.down = linear(config.feed_forward_size, size, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t c"], bias: Float[Array, "1 n t t"]) -> Float[Array, "b t c"]:
         query, key, value = split_heads(self.qkv(self.attention_norm(x)), self.heads)
@@ -38,8 +47,8 @@ class T5Encoder(Model):
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.config = config
-        self.token_embed = nnx.Embed(config.vocabulary, config.hidden_size, rngs=rngs)
-        self.relative_attention_bias = nnx.Embed(config.position_buckets, config.heads, rngs=rngs)
+        self.token_embed = embedding(config.vocabulary, config.hidden_size, rngs=rngs)
+        self.relative_attention_bias = embedding(config.position_buckets, config.heads, rngs=rngs)
         self.layers = stack_blocks(lambda rngs: T5Layer(config, rngs=rngs), config.layers, rngs)
         self.final_norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, rngs=rngs)
 

@@ -7,11 +7,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sd35flash_jax.config import VAEConfig
-from sd35flash_jax.models.layers import Model, attention, split_heads
+from sd35flash_jax.models.layers import Model, attention, conv, linear, split_heads
 
 
 def conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(inputs, outputs, (3, 3), padding=1, rngs=rngs)
+    return conv(inputs, outputs, (3, 3), padding=1, rngs=rngs)
 
 
 class GroupNorm(nnx.Module):
@@ -46,7 +46,7 @@ class ResidualBlock(nnx.Module):
         self.conv_1 = conv3x3(inputs, outputs, rngs)
         self.norm_2 = GroupNorm(outputs, config, rngs=rngs)
         self.conv_2 = conv3x3(outputs, outputs, rngs)
-        self.shortcut = nnx.Conv(inputs, outputs, (1, 1), rngs=rngs) if inputs != outputs else None
+        self.shortcut = conv(inputs, outputs, (1, 1), rngs=rngs) if inputs != outputs else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         y = self.conv_1(jax.nn.silu(self.norm_1(x)))
@@ -59,8 +59,8 @@ class SpatialAttention(nnx.Module):
 
     def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, config, rngs=rngs)
-        self.qkv = nnx.Linear(channels, 3 * channels, rngs=rngs)
-        self.out = nnx.Linear(channels, channels, rngs=rngs)
+        self.qkv = linear(channels, 3 * channels, rngs=rngs)
+        self.out = linear(channels, channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         batch, height, width, channels = x.shape
@@ -82,7 +82,7 @@ class Middle(nnx.Module):
 class Downsample(nnx.Module):
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         # The reference pads below and to the right alone.
-        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
+        self.conv = conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return self.conv(x)
