@@ -158,9 +158,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def _load(checkpoint: Path, *components: str) -> FlashPipeline:
-    loaded = load_checkpoint(checkpoint, components, "float32")
-    tokenizers = {name: load_tokenizer(name, folder) for name, folder in loaded.tokenizers.items()}
-    return FlashPipeline(loaded.config, loaded.components, tokenizers)
+    return FlashPipeline.from_checkpoint(load_checkpoint(checkpoint, components, "float32"))
 
 
 def _encode(pipe: FlashPipeline, texts: Sequence[str]) -> Embeds:

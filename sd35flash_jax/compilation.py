@@ -1,4 +1,5 @@
-"""Compilation settings, all of them: XLA's flags for GPUs, and the cache of compiled programs between processes.
+"""Compilation settings, all of them: XLA's flags for GPUs, and the cache of compiled programs between processes, with
+what else is kept beside it.
 
 `configure` is called where a pipeline is loaded, never on import, and whatever the user has set wins:
 
@@ -13,6 +14,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -99,6 +101,25 @@ def cache_folder() -> Path:
     """
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "sd35flash-jax" / "xla"
+
+
+def kept_folder(name: str) -> Path | None:
+    """Where something else is kept between processes, beside the cache; nowhere if that is off or no local folder."""
+    folder = getattr(jax.config, _FOLDER)
+    return Path(folder) / name if folder and "://" not in folder and getattr(jax.config, _ENABLED) else None
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a file of a `kept_folder` whole, or not at all: every process can do without it."""
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        logging.getLogger(__name__).info("%s is not kept: %s", path, error)
 
 
 def _names_a_file(flags: str) -> bool:

@@ -6,10 +6,8 @@ then on. A file serves the same code, versions, device, configuration and shapes
 any time, which is also the only way that old ones go.
 """
 
-import contextlib
 import hashlib
 import logging
-import secrets
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib.metadata import version
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 from jax import export
 
+from sd35flash_jax.compilation import keep, kept_folder
 from sd35flash_jax.frozen import Frozen
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,7 +37,7 @@ def kept(function: Function) -> Function:
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
-        folder, identities = _folder(), _identities(arguments)
+        folder, identities = kept_folder("lowered"), _identities(arguments)
         if folder is None or None in identities:
             return function(*arguments, **options)
         leaves, structure = jax.tree.flatten(arguments)
@@ -53,7 +52,7 @@ def kept(function: Function) -> Function:
         program = _read(path)
         if program is None:
             program = export.export(jax.jit(of_leaves), disabled_checks=_CHECKS_WAIVED)(*shapes)
-            _write(path, program)
+            keep(path, bytes(program.serialize()))
         return program.call(*leaves)
 
     return call  # type: ignore[return-value]
@@ -62,15 +61,6 @@ def kept(function: Function) -> Function:
 def _identities(arguments: Any) -> list[str | None]:
     nodes = jax.tree.leaves(arguments, is_leaf=lambda node: isinstance(node, Frozen))
     return [node.identity for node in nodes if isinstance(node, Frozen)]
-
-
-def _folder() -> Path | None:
-    folder, enabled = (
-        getattr(jax.config, f"jax_{name}") for name in ("compilation_cache_dir", "enable_compilation_cache")
-    )
-    if not folder or "://" in folder or not enabled:
-        return None
-    return Path(folder) / "lowered"
 
 
 def _surroundings() -> tuple[Any, ...]:
@@ -92,21 +82,12 @@ def _code() -> str:
 
 def _read(path: Path) -> export.Exported | None:
     try:
-        return export.deserialize(bytearray(path.read_bytes()))
+        program = export.deserialize(bytearray(path.read_bytes()))
     except FileNotFoundError:
         return None
     except Exception as error:  # A damaged file can fail in many ways, and costs no more than one that is missing.
         logging.getLogger(__name__).info("%s is not read: %s", path, error)
         return None
-
-
-def _write(path: Path, program: export.Exported) -> None:
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        partial.write_bytes(program.serialize())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        logging.getLogger(__name__).info("%s is not kept: %s", path, error)
+    if b"mosaic_gpu" in program.mlir_module_serialized:
+        import jax.experimental.mosaic.gpu  # noqa: F401  Tells XLA where the library is that runs such kernels.
+    return program

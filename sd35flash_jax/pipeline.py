@@ -38,10 +38,10 @@ from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.kept_programs import kept
 from sd35flash_jax.models.vae import VAE
 from sd35flash_jax.schedule import choose_sigmas
-from sd35flash_jax.text import Conditioning, encode_tokens, load_tokenizer, token_counts, tokenize
+from sd35flash_jax.text import Conditioning, encode_tokens, load_prompt_tokenizer, token_counts, tokenize
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FlashPipeline:
         self,
         config: ModelConfig,
         components: Mapping[str, nnx.Module],
-        tokenizers: "Mapping[str, PreTrainedTokenizerBase]",
+        tokenizers: "Mapping[str, Tokenizer]",
         max_t5_tokens: int | None = None,
     ):
         if not components:
@@ -141,7 +141,7 @@ class FlashPipeline:
             if compile_for is not None:
                 pipe._keeps_programs = _is_one_default_device(pipe.placement)
                 compiled = beside.submit(pipe.compile, *compile_for, progress)
-            tokenizers = beside.submit(_load_tokenizers, opened.tokenizers)  # Imports transformers.
+            tokenizers = beside.submit(_load_tokenizers, opened.tokenizers)
             weights = read_weights(path, opened, progress)
             if compile_for is not None:
                 compiled.result()
@@ -518,8 +518,8 @@ def _is_one_default_device(placement: jax.sharding.Sharding) -> bool:
     return [device.platform for device in devices] == [jax.default_backend()]
 
 
-def _load_tokenizers(folders: Mapping[str, Path]) -> "dict[str, PreTrainedTokenizerBase]":
-    return {name: load_tokenizer(name, folder) for name, folder in folders.items()}
+def _load_tokenizers(folders: Mapping[str, Path]) -> "dict[str, Tokenizer]":
+    return {name: load_prompt_tokenizer(name, folder) for name, folder in folders.items()}
 
 
 def image_bytes(pixels: Float[Array, "b H W 3"]) -> UInt8[np.ndarray, "b H W 3"]:

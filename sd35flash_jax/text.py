@@ -1,9 +1,12 @@
 """prompts -> tokens -> Conditioning: the three tokenizers and encoders, joined as SD3 joins them."""
 
+import contextlib
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +16,13 @@ import numpy as np
 from jax import export
 from jaxtyping import Array, Float, Int
 
-from sd35flash_jax.compilation import GPU_SIDE_BY_SIDE, gpu_options
+from sd35flash_jax.compilation import GPU_SIDE_BY_SIDE, gpu_options, keep, kept_folder
 from sd35flash_jax.config import CLIPConfig, ModelConfig
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.kept_programs import kept
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
@@ -81,6 +85,35 @@ def load_tokenizer(encoder: str, folder: Path) -> "PreTrainedTokenizerBase":
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
+def load_prompt_tokenizer(encoder: str, folder: Path) -> "Tokenizer":
+    """What `load_tokenizer` gives for ids of prompts, with the encoder's padding: the tokenizer of the `tokenizers`
+    library in it. It is kept between processes, because transformers takes most of a second to import.
+
+    Raises:
+        ValueError: as `load_tokenizer`.
+    """
+    from tokenizers import Tokenizer
+
+    kept = kept_folder("tokenizers")
+    path = None if kept is None else kept / f"{encoder}-{_digest(folder)}.json"
+    if path is not None and path.is_file():
+        with contextlib.suppress(Exception):  # A damaged one fails as a bare Exception, and is made anew.
+            return Tokenizer.from_file(str(path))
+    whole = load_tokenizer(encoder, folder)
+    tokenizer: Tokenizer = whole.backend_tokenizer
+    tokenizer.enable_padding(pad_id=whole.pad_token_id, pad_token=whole.pad_token)
+    if path is not None:
+        keep(path, tokenizer.to_str().encode())
+    return tokenizer
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256(repr([version(name) for name in ("transformers", "tokenizers")]).encode())
+    for file in sorted(file for file in folder.glob("*") if file.is_file()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def token_counts(config: ModelConfig, t5_tokens: int) -> dict[str, int]:
     """How many tokens each encoder reads; both CLIPs read, or stand for, the same number."""
     clip_tokens = (config.clip_l or config.clip_g or CLIPConfig).positions
@@ -88,7 +121,7 @@ def token_counts(config: ModelConfig, t5_tokens: int) -> dict[str, int]:
 
 
 def tokenize(
-    tokenizers: Mapping[str, "PreTrainedTokenizerBase"], prompts: Sequence[str], counts: Mapping[str, int]
+    tokenizers: Mapping[str, "Tokenizer"], prompts: Sequence[str], counts: Mapping[str, int]
 ) -> dict[str, Int[np.ndarray, "b t"]]:
     """Token ids of each encoder, `(batch, count)` int32, cut and padded to its count.
 
@@ -102,16 +135,18 @@ def tokenize(
             raise ValueError(f"a prompt must be text that UTF-8 can hold, not {prompt!r}")
     tokens = {}
     for encoder, tokenizer in tokenizers.items():
-        count = counts[encoder]
-        lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+        count, padding = counts[encoder], tokenizer.padding or {}
+        tokenizer.no_truncation()
+        lengths = [sum(encoding.attention_mask) for encoding in tokenizer.encode_batch(list(prompts))]
         for prompt, length in zip(prompts, lengths):
             if length > count:
                 warnings.warn(
                     f"{encoder} reads {count} tokens and does not see the end of a prompt of {length}: {prompt[:60]}",
                     stacklevel=2,
                 )
-        padded = tokenizer(list(prompts), padding="max_length", max_length=count, truncation=True)
-        tokens[encoder] = np.asarray(padded.input_ids, np.int32)
+        tokenizer.enable_truncation(count)
+        tokenizer.enable_padding(**(padding | {"length": count}))
+        tokens[encoder] = np.asarray([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))], np.int32)
     return tokens
 
 

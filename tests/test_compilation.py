@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import jax
@@ -217,3 +218,18 @@ def test_a_size_compiles_once_and_then_comes_from_the_cache_in_a_new_process(tmp
     one_size_later, other_size_later, _ = denoise_in_a_new_process()
     assert one_size_later["compiled"] == other_size_later["compiled"] == 0
     assert one_size_later["loaded"] == one_size["compiled"]
+
+
+@pytest.mark.parametrize(
+    "cache, enabled", [("/somewhere", True), ("gs://bucket", True), ("/somewhere", False), ("", True)]
+)
+def test_what_is_kept_beside_the_cache_is_kept_beside_a_local_one_that_is_on(cache, enabled):
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        expected = Path("/somewhere/lowered") if enabled and cache.startswith("/") else None
+        assert compilation.kept_folder("lowered") == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_enable_compilation_cache", before[1])

@@ -2,7 +2,6 @@ import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ X = np.float32([[1, 2, 3]])
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where programs are kept while the test runs; JAX's own cache stays off."""
-    monkeypatch.setattr(kept_programs, "_folder", lambda: tmp_path / "lowered")
+    monkeypatch.setattr(kept_programs, "kept_folder", lambda name: tmp_path / name)
     return tmp_path / "lowered"
 
 
@@ -129,21 +128,6 @@ def test_a_file_in_the_place_of_the_folder_is_done_without(folder, program):
     assert [path.name for path in folder.parent.iterdir()] == ["lowered"]
 
 
-@pytest.mark.parametrize(
-    "cache, enabled", [("/somewhere", True), ("gs://bucket", True), ("/somewhere", False), ("", True)]
-)
-def test_programs_are_kept_in_a_local_cache_alone(cache, enabled):
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
-    try:
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        expected = Path("/somewhere/lowered") if enabled and cache.startswith("/") else None
-        assert kept_programs._folder() == expected
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
-        jax.config.update("jax_enable_compilation_cache", before[1])
-
-
 def test_a_pipeline_that_is_compiled_for_while_it_is_loaded_traces_no_kept_program(
     small_checkpoint, folder, monkeypatch, compilations
 ):
@@ -187,3 +171,36 @@ for device in (None, NamedSharding(mesh, PartitionSpec())):
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert run.stdout.split("\n")[:2] == ["(48, 64)", "(48, 64)"], run.stderr
     assert len(list((tmp_path / "lowered").iterdir())) == 4
+
+
+@pytest.mark.gpu
+def test_kernels_of_our_own_run_in_a_process_that_did_not_trace_them(tmp_path):
+    script = f"""
+import jax, jax.numpy as jnp
+from flax import nnx
+from sd35flash_jax import compilation
+from sd35flash_jax.frozen import Frozen
+from sd35flash_jax.kept_programs import kept
+from sd35flash_jax.models.layers import Projected, add_and_norm, joined_heads, joint_attention
+compilation.configure()
+jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
+
+@jax.jit
+@kept
+def mix(layer, x):
+    print("traced")
+    _, [normed] = add_and_norm(x, [], jnp.ones((1, 128), x.dtype), (), ((0, 1),))
+    joined = joined_heads([Projected(layer.module(normed), (jnp.ones(64), jnp.ones(64)))], 2)
+    return joint_attention(*joined, (128,), 128)[0]
+
+layer = nnx.Linear(64, 384, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+x = jax.random.normal(jax.random.key(0), (1, 128, 64), jnp.bfloat16)
+mixed = mix(Frozen(layer, "layer"), x)
+print(float(jnp.abs(mixed - mix(Frozen(layer), x)).max()))
+"""
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    for traced in (["traced", "traced", "0.0"], ["traced", "0.0"]):
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+        assert run.stdout.split() == traced, run.stderr

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sd35flash_jax.text import load_tokenizer, read_prompts, token_counts, tokenize
+from sd35flash_jax.text import load_prompt_tokenizer, load_tokenizer, read_prompts, token_counts, tokenize
 from tests.tiny_model import CONFIG, END_OF_TEXT, write_tokenizers
 
 SHARED = Path(__file__).parents[2] / "shared" / "sd3-medium-diffusers"
@@ -20,7 +20,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tokenizers(folders):
-    return {name: load_tokenizer(name, folder) for name, folder in folders.items()}
+    return {name: load_prompt_tokenizer(name, folder) for name, folder in folders.items()}
 
 
 def test_each_encoder_gets_its_own_count_and_padding(tokenizers):
@@ -33,7 +33,7 @@ def test_each_encoder_gets_its_own_count_and_padding(tokenizers):
     }
     assert all(array.dtype == np.int32 for array in tokens.values())
     assert tokens["clip_l"][1, -1] == END_OF_TEXT
-    assert tokens["clip_g"][1, -1] == tokenizers["clip_g"].convert_tokens_to_ids("!") == 0
+    assert tokens["clip_g"][1, -1] == tokenizers["clip_g"].token_to_id("!") == 0
     assert tokens["t5"][1, -1] == 0
 
 
@@ -46,8 +46,8 @@ def test_a_prompt_that_an_encoder_cannot_read_to_its_end_is_cut_with_a_warning(t
 def test_clip_g_pads_with_its_own_token_even_without_a_tokenizer_config(folders, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(folders["clip_g"] / name, tmp_path)
-    bare = load_tokenizer("clip_g", tmp_path)
-    whole = load_tokenizer("clip_g", folders["clip_g"])
+    bare = load_prompt_tokenizer("clip_g", tmp_path)
+    whole = load_prompt_tokenizer("clip_g", folders["clip_g"])
     for prompt in ("a red fox", PROMPT):
         np.testing.assert_array_equal(
             tokenize({"clip_g": bare}, [prompt], {"clip_g": 77})["clip_g"],
@@ -67,6 +67,48 @@ def test_a_damaged_tokenizer_is_named(encoder, tmp_path):
         load_tokenizer(encoder, tmp_path)
 
 
+@pytest.mark.parametrize("encoder", ["clip_l", "clip_g", "t5"])
+def test_ids_of_prompts_are_those_that_transformers_gives(folders, tokenizers, encoder):
+    prompts = [PROMPT, "", "fox " * 100, "soup"]
+    reference = load_tokenizer(encoder, folders[encoder])
+    expected = reference(prompts, padding="max_length", max_length=30, truncation=True).input_ids
+    with pytest.warns(UserWarning, match=f"of {len(reference(prompts[2]).input_ids)}: fox fox"):
+        found = tokenize({encoder: tokenizers[encoder]}, prompts, {encoder: 30})
+    assert found[encoder].tolist() == expected
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("sd35flash_jax.text.kept_folder", lambda name: tmp_path / name)
+    return tmp_path / "tokenizers"
+
+
+@pytest.mark.parametrize("encoder", ["clip_l", "clip_g", "t5"])
+def test_a_tokenizer_is_kept_and_then_read_without_transformers(folders, kept, encoder, monkeypatch):
+    counts = {encoder: 60}
+    first = tokenize({encoder: load_prompt_tokenizer(encoder, folders[encoder])}, [PROMPT, ""], counts)
+    monkeypatch.setattr("sd35flash_jax.text.load_tokenizer", None)
+    again = tokenize({encoder: load_prompt_tokenizer(encoder, folders[encoder])}, [PROMPT, ""], counts)
+    np.testing.assert_array_equal(first[encoder], again[encoder])
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_a_kept_tokenizer_serves_the_files_that_it_was_made_of_alone(folders, kept, tmp_path):
+    shutil.copytree(folders["clip_l"], tmp_path / "own")
+    assert load_prompt_tokenizer("clip_l", tmp_path / "own").padding["pad_token"] != "!"
+    shutil.copytree(folders["clip_g"], tmp_path / "own", dirs_exist_ok=True)
+    assert load_prompt_tokenizer("clip_l", tmp_path / "own").padding["pad_token"] == "!"
+    assert len(list(kept.iterdir())) == 2
+
+
+def test_a_damaged_kept_tokenizer_is_made_anew(folders, kept):
+    load_prompt_tokenizer("t5", folders["t5"])
+    [file] = kept.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    assert load_prompt_tokenizer("t5", folders["t5"]).to_str().encode() == whole == file.read_bytes()
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published tokenizers in ../shared")
 @pytest.mark.parametrize(
     ("encoder", "folder", "files"),
@@ -80,8 +122,8 @@ def test_a_damaged_tokenizer_is_named(encoder, tmp_path):
 def test_the_published_tokenizers_load_from_each_form_they_are_stored_in(encoder, folder, files, tmp_path):
     for name in files:
         shutil.copy(SHARED / folder / name, tmp_path)
-    whole = load_tokenizer(encoder, SHARED / folder)
-    partial = load_tokenizer(encoder, tmp_path)
+    whole = load_prompt_tokenizer(encoder, SHARED / folder)
+    partial = load_prompt_tokenizer(encoder, tmp_path)
     counts = {encoder: 77}
     expected = tokenize({encoder: whole}, [PROMPT, ""], counts)[encoder]
     np.testing.assert_array_equal(tokenize({encoder: partial}, [PROMPT, ""], counts)[encoder], expected)

@@ -15,8 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import FragmentedArray
+from jax.experimental.mosaic.gpu.utils import memref_ptr
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
@@ -34,6 +37,10 @@ _FETCH_REGISTERS, _ATTEND_REGISTERS = 32, 160
 _TURN = _WARPGROUPS + 2
 _KEY_FREE = _TURN + _WARPGROUPS
 _VALUE_FREE = _KEY_FREE + _STAGES
+# Rows of 64 bfloat16 numbers in shared memory, as the hardware copies and multiplies them, and what says so to it.
+_HEAD_SIZE = 64
+_SWIZZLED = (plgpu.TilingTransform((8, _HEAD_SIZE)), plgpu.SwizzleTransform(2 * _HEAD_SIZE))
+_SWIZZLED_OPERAND = 1 << 62 | 8 * 2 * _HEAD_SIZE >> 4 << 32 | 1 << 16
 
 
 @partial(jax.jit, static_argnames=("rows", "keys", "scale", "multiprocessors"))
@@ -100,8 +107,10 @@ def flash_attention(
                 is_awaited = index + _STAGES < steps
                 pl.when(is_awaited)(partial(_barrier, "arrive", free + lax.rem(index, _STAGES), everyone))
 
-            def add_products_with_keys(logits, slot):
-                plgpu.wgmma(logits, queries.at[warpgroup], plgpu.transpose_ref(fetched_keys.at[slot], (1, 0)))
+            def begin_logits(slot):
+                plgpu.barrier_wait(keys_there.at[slot])
+                begin_turn()
+                return _begin_products(queries.at[warpgroup], fetched_keys.at[slot])
 
             def softmax(logits, highest):
                 """New maxima of the rows, what older sums shrink by, and weights that are not normed yet."""
@@ -109,27 +118,14 @@ def flash_attention(
                 return new, jnp.exp2(highest - new), jnp.exp2(logits * to_powers_of_two - _by_row(new, logits))
 
             def mix(out):
-                def first_logits(logits):
-                    plgpu.barrier_wait(keys_there.at[0])
-                    begin_turn()
-                    add_products_with_keys(logits, 0)
-                    end_turn()
-                    return plgpu.wgmma_accumulator_load(logits, wait_n=0)
-
                 def step(index, carry):
                     highest, sums, weights = carry
                     slot, last_slot = lax.rem(index, _STAGES), lax.rem(index - 1, _STAGES)
-
-                    def products(logits):
-                        plgpu.barrier_wait(keys_there.at[slot])
-                        begin_turn()
-                        add_products_with_keys(logits, slot)
-                        plgpu.barrier_wait(values_there.at[last_slot])
-                        plgpu.wgmma(out, weights, fetched_values.at[last_slot])
-                        end_turn()
-                        return plgpu.wgmma_accumulator_load(logits, wait_n=1)
-
-                    logits = pl.run_scoped(products, plgpu.ACC((_ROWS, _KEYS), jnp.float32))
+                    logits = begin_logits(slot)
+                    plgpu.barrier_wait(values_there.at[last_slot])
+                    plgpu.wgmma(out, weights, fetched_values.at[last_slot])
+                    end_turn()
+                    logits = _finished(logits, but_for=1)
                     release(_KEY_FREE, index)
                     highest, shrink, weights = softmax(logits, highest)
                     sums = sums * _by_row(shrink, sums) + _folded(weights)
@@ -139,7 +135,9 @@ def flash_attention(
                     return highest, sums, weights.astype(query.dtype)
 
                 plgpu.barrier_wait(queries_there.at[warpgroup])
-                logits = pl.run_scoped(first_logits, plgpu.ACC((_ROWS, _KEYS), jnp.float32))
+                logits = begin_logits(0)
+                end_turn()
+                logits = _finished(logits, but_for=0)
                 release(_KEY_FREE, 0)
                 if in_first < _KEYS:
                     columns = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
@@ -167,8 +165,7 @@ def flash_attention(
             plgpu.wait_smem_to_gmem(0)
 
     def shared(*shape: int) -> Any:
-        transforms = (plgpu.TilingTransform((8, head_size)), plgpu.SwizzleTransform(2 * head_size))
-        return plgpu.SMEM((*shape, head_size), query.dtype, transforms=transforms)
+        return plgpu.SMEM((*shape, _HEAD_SIZE), query.dtype, transforms=_SWIZZLED)
 
     run: Callable[..., list[Array]] = plgpu.kernel(
         kernel,
@@ -214,6 +211,70 @@ def _folded(weights: Float[Array, "t s"]) -> Float[Array, "t 8"]:
     while len(parts) > 1:
         parts = [left + right for left, right in zip(parts[::2], parts[1::2])]
     return parts[0]
+
+
+_PRODUCTS = plgpu.ShapeDtypeStruct((_ROWS, _KEYS), jnp.float32, layout=plgpu.Layout.WGMMA)
+
+
+def _begin_products(queries: Any, keys: Any) -> Float[Array, "64 128"]:
+    """Products of queries and keys, that may not be touched before they are `_finished`. The first of their parts
+    overwrites what is there: `plgpu.wgmma` would add to zeros, which it sets while the other warpgroups wait."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_SWIZZLED),) * 2, return_type=_PRODUCTS)
+    def begin(_, queries, keys):
+        count = _KEYS // 2
+        sums = "{" + ",".join(f"${index}" for index in range(count)) + "}"
+        multiply = f"wgmma.mma_async.sync.aligned.m{_ROWS}n{_KEYS}k16.f32.bf16.bf16 {sums}"
+        lines = [".reg .pred no, yes;", ".reg .b64 a, b;", "setp.ne.b32 no, 0, 0;", "setp.eq.b32 yes, 0, 0;"]
+        lines += ["wgmma.fence.sync.aligned;", f"{multiply}, ${count}, ${count + 1}, no, 1, 1, 0, 0;"]
+        for part in range(1, _HEAD_SIZE // 16):
+            lines += [f"add.s64 a, ${count}, {2 * part};", f"add.s64 b, ${count + 1}, {2 * part};"]
+            lines += [f"{multiply}, a, b, yes, 1, 1, 0, 0;"]
+        lines += ["wgmma.commit_group.sync.aligned;"]
+        operands = [_operand(queries), _operand(keys)]
+        return _of_threads(operands, "{ " + " ".join(lines) + " }", ["l", "l"])
+
+    return begin(queries, keys)
+
+
+def _finished(products: Float[Array, "64 128"], but_for: int) -> Float[Array, "64 128"]:
+    """The products, once all but so many groups of those that were begun later are finished."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_PRODUCTS)
+    def wait(_, products):
+        index = [_constant(place) for place in range(2)]
+        values = [llvm.extractelement(pair, index[place]) for pair in products.registers.flat for place in range(2)]
+        same = [str(place) for place in range(len(values))]
+        return _of_threads(values, f"wgmma.wait_group.sync.aligned {but_for};", same)
+
+    return wait(products)
+
+
+def _operand(rows: Any) -> Any:
+    """How the hardware is told of rows in shared memory (PTX ISA, matrix descriptor)."""
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(64), memref_ptr(rows))
+    return llvm.or_(llvm.and_(llvm.lshr(address, _constant(4)), _constant(0x3FFF)), _constant(_SWIZZLED_OPERAND))
+
+
+def _of_threads(operands: list[Any], text: str, constraints: list[str]) -> FragmentedArray:
+    """What an instruction gives each thread of `_PRODUCTS`, in pairs of columns."""
+    number, layout = ir.F32Type.get(), plgpu.Layout.WGMMA.to_mgpu()
+    pairs = np.empty(layout.registers_shape(_PRODUCTS.shape), object)
+    results = llvm.StructType.get_literal([number] * (2 * pairs.size))
+    constraints = ["=f"] * (2 * pairs.size) + constraints
+    given: Any = llvm.inline_asm(results, operands, text, ",".join(constraints), has_side_effects=True)
+    for start, place in enumerate(np.ndindex(pairs.shape)):
+        pair = llvm.mlir_undef(ir.VectorType.get((2,), number))
+        for half in range(2):
+            value = llvm.extractvalue(number, given, [2 * start + half])
+            pair = llvm.insertelement(pair, value, _constant(half))
+        pairs[place] = pair
+    return FragmentedArray(_registers=pairs, _layout=layout, _is_signed=None)
+
+
+def _constant(value: int) -> Any:
+    kind = ir.IntegerType.get_signless(64)
+    return llvm.ConstantOp(kind, ir.IntegerAttr.get(kind, value)).result
 
 
 def _barrier(operation: str, name: Array, threads: Array | int) -> None:

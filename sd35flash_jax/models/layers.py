@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from sd35flash_jax.models import gpu_kernels
-
 Block = TypeVar("Block", bound=nnx.Module)
 
 
@@ -210,7 +208,14 @@ def joined_heads(streams: Sequence[Projected], heads: int) -> tuple[Array, Array
 
     On a Hopper GPU a kernel of our own does it in one pass.
     """
-    return _on_hopper(partial(gpu_kernels.join_heads, heads), partial(_portable_joined_heads, heads), tuple(streams))
+    return _on_hopper(partial(_join_heads, heads), partial(_portable_joined_heads, heads), tuple(streams))
+
+
+def _join_heads(heads: int, streams: Sequence[Projected]) -> tuple[Array, Array, Array]:
+    # Imported where a kernel is traced: Pallas takes an eighth of a second.
+    from sd35flash_jax.models import gpu_kernels
+
+    return gpu_kernels.join_heads(heads, streams)
 
 
 def _portable_joined_heads(heads: int, streams: Sequence[Projected]) -> tuple[Array, Array, Array]:
@@ -263,12 +268,20 @@ def add_and_norm(
     Hopper GPU a kernel of our own does it in one pass.
     """
     return _on_hopper(
-        partial(gpu_kernels.add_and_norm, gates, norms),
+        partial(_add_and_norm, gates, norms),
         partial(_portable_add_and_norm, gates, norms),
         x,
         updates,
         vectors,
     )
+
+
+def _add_and_norm(
+    gates: tuple[int, ...], norms: tuple[tuple[int, int], ...], x: Array, updates: Sequence[Array], vectors: Array
+) -> tuple[Array, list[Array]]:
+    from sd35flash_jax.models import gpu_kernels
+
+    return gpu_kernels.add_and_norm(gates, norms, x, updates, vectors)
 
 
 def _portable_add_and_norm(
