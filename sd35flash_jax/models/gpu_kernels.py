@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -21,58 +22,57 @@ def join_heads(
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Queries, keys and values of all streams, in one reading and one writing of each: see `layers.joined_heads`."""
-    first = streams[0][0]
-    batch, head_size = len(first), first.shape[-1] // 3 // heads
     rows = [qkv.shape[1] for qkv, _ in streams]
-    query, key, value = (jnp.empty((batch, sum(rows), heads, head_size), first.dtype) for _ in range(3))
-    for index, (qkv, scales) in enumerate(streams):
-        query, key, value = _write_heads(qkv, scales, (query, key, value), sum(rows[:index]), interpret)
+    written: list[Array] = []
+    for (qkv, scales), stop in zip(streams, accumulate(rows)):
+        written = _write_heads(heads, qkv, scales, written, stop - qkv.shape[1], sum(rows), interpret)
+    query, key, value = (array.reshape(*array.shape[:2], heads, -1) for array in written)
     return query, key, value
 
 
 def _write_heads(
+    heads: int,
     qkv: Float[Array, "b t c3"],
     scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None,
-    into: tuple[Float[Array, "b q n d"], Float[Array, "b q n d"], Float[Array, "b q n d"]],
+    into: Sequence[Float[Array, "b q c"]],
     at: int,
+    rows: int,
     interpret: bool,
-) -> tuple[Array, Array, Array]:
-    """Cut a fused projection into heads, RMS-norm its queries and keys if they have scales, and write its rows into
-    `(query, key, value)` from row `at` on, in place."""
+) -> list[Float[Array, "b q c"]]:
+    """Cut a fused projection into heads, RMS-norm its queries and keys if they have scales, and write it from row `at`
+    on: into queries, keys and values that are there, in place, or else into new ones of so many rows."""
     batch, tokens, width = qkv.shape
-    heads, head_size = into[0].shape[2:]
+    head_size = width // 3 // heads
     heads_at_once = next(count for count in (4, 2, 1) if heads % count == 0)
     part = heads_at_once * head_size
 
     def kernel(qkv_ref, *refs):
         image, group = pl.program_id(0), pl.program_id(2)
-        rows = pl.program_id(1) * _ROWS + jnp.arange(_ROWS)
+        own_rows = pl.program_id(1) * _ROWS + jnp.arange(_ROWS)
         columns = group * part + jnp.arange(part)
         scale_refs = (*refs[: len(own)], None) if own else (None, None, None)
-        mask = jnp.broadcast_to((rows < tokens)[:, None], (_ROWS, part))
+        mask = jnp.broadcast_to((own_rows < tokens)[:, None], (_ROWS, part))
         for third, (scale_ref, out_ref) in enumerate(zip(scale_refs, refs[-3:])):
-            place = qkv_ref.at[image, rows[:, None], third * (width // 3) + columns[None, :]]
+            place = qkv_ref.at[image, own_rows[:, None], third * (width // 3) + columns[None, :]]
             x = plgpu.load(place, mask=mask, other=0.0)
             if scale_ref is not None:
                 wide = x.astype(jnp.float32).reshape(_ROWS * heads_at_once, head_size)
                 mean_square = jnp.sum(wide * wide, axis=-1, keepdims=True) / head_size
                 scale = scale_ref[...].astype(jnp.float32)[None, :]
                 x = (wide * (jax.lax.rsqrt(mean_square + 1e-6) * scale)).astype(x.dtype).reshape(_ROWS, part)
-            plgpu.store(out_ref.at[image, at + rows[:, None], columns[None, :]], x, mask=mask)
+            plgpu.store(out_ref.at[image, at + own_rows[:, None], columns[None, :]], x, mask=mask)
 
     own = scales or ()
-    flat = [array.reshape(*array.shape[:2], heads * head_size) for array in into]
-    written = pl.pallas_call(
+    written: list[Array] = pl.pallas_call(
         kernel,
         grid=(batch, pl.cdiv(tokens, _ROWS), heads // heads_at_once),
-        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in flat],
-        input_output_aliases={1 + len(own) + index: index for index in range(3)},
+        out_shape=[jax.ShapeDtypeStruct((batch, rows, width // 3), qkv.dtype)] * 3,
+        input_output_aliases={1 + len(own) + index: index for index in range(len(into))},
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4),
         interpret=interpret,
         name="write_heads",
-    )(qkv, *own, *flat)
-    query, key, value = (out.reshape(array.shape) for out, array in zip(written, into))
-    return query, key, value
+    )(qkv, *own, *into)
+    return written
 
 
 @partial(jax.jit, static_argnames=("gates", "norms", "interpret"))
