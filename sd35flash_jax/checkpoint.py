@@ -19,7 +19,6 @@ import os
 import secrets
 import shutil
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -448,7 +447,7 @@ def open_checkpoint(
     stacked: bool | None = True,
 ) -> Checkpoint:
     """What `load_checkpoint` returns, with a `ShapeDtypeStruct` in place of each parameter: programs can be compiled
-    for it while `read_components` brings the weights. With None for `stacked` blocks are as `runs_stacked` says."""
+    for it while `read_weights` brings the weights. With None for `stacked` blocks are as `runs_stacked` says."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     folder = Path(path).expanduser()
@@ -473,42 +472,29 @@ def open_checkpoint(
 
 
 def read_weights(path: str | os.PathLike, opened: Checkpoint, progress: bool = False) -> Checkpoint:
-    """The checkpoint that `open_checkpoint` described, with its weights.
+    """The checkpoint that `open_checkpoint` described, with its weights, of which several are read at a time.
 
     Raises:
         CheckpointError: a file is damaged.
     """
-    return Checkpoint(opened.config, dict(read_components(path, opened, progress)), opened.tokenizers)
-
-
-def read_components(
-    path: str | os.PathLike, opened: Checkpoint, progress: bool = False
-) -> Iterator[tuple[str, nnx.Module]]:
-    """Each component of what `open_checkpoint` described as soon as its weights are there. They are read in the order
-    of its components, several arrays at a time.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
+    folder = Path(path).expanduser()
     total = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(opened.components))
+    restored: dict[str, dict[str, jax.Array]] = {name: {} for name in opened.components}
     readers = ThreadPoolExecutor(_READERS)
     try:
         reading: dict[Future[dict[str, jax.Array]], str] = {}
         for name, module in opened.components.items():
             # Arrays are read while those of the next component are opened.
-            groups = _groups(_reads(Path(path).expanduser() / name, module))
-            reading |= {readers.submit(_read, group): name for group in groups}
-        left, arrays = Counter(reading.values()), defaultdict[str, dict[str, jax.Array]](dict)
+            reading |= {readers.submit(_read, group): name for group in _groups(_reads(folder / name, module))}
         with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
             for future in as_completed(reading):
-                name, group = reading[future], future.result()
-                arrays[name] |= group
-                bar.update(sum(array.nbytes for array in group.values()))
-                left[name] -= 1
-                if not left[name]:
-                    yield name, with_parameters(opened.components[name], arrays.pop(name))
+                arrays = future.result()
+                restored[reading[future]] |= arrays
+                bar.update(sum(array.nbytes for array in arrays.values()))
     finally:
         readers.shutdown(cancel_futures=True)
+    components = {name: with_parameters(module, restored[name]) for name, module in opened.components.items()}
+    return Checkpoint(opened.config, components, opened.tokenizers)
 
 
 def open_stored(path: str | os.PathLike, name: str, config: ModelConfig) -> dict[str, StoredArray]:

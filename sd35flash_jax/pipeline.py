@@ -29,8 +29,8 @@ from sd35flash_jax.checkpoint import (
     open_checkpoint,
     own_path,
     parameters,
-    read_components,
     read_config,
+    read_weights,
     with_parameters,
 )
 from sd35flash_jax.config import DOWNSAMPLING, TEXT_ENCODERS, ModelConfig
@@ -130,10 +130,9 @@ class FlashPipeline:
         if unknown:
             raise ValueError(f"there is no text encoder {unknown.pop()!r}; choose from {', '.join(TEXT_ENCODERS)}")
         present = read_config(path).components
-        encoders = [name for name in present if name in TEXT_ENCODERS] if text_encoders is None else text_encoders
-        # The transformer comes last: it is the quickest to set up when it first runs.
-        order = [*encoders, *sorted((name for name in present if name not in TEXT_ENCODERS), reverse=True)]
-        opened = open_checkpoint(path, order, dtype, device, stacked=None)
+        wanted = [name for name in present if name not in TEXT_ENCODERS]
+        wanted += [name for name in present if name in TEXT_ENCODERS] if text_encoders is None else text_encoders
+        opened = open_checkpoint(path, wanted, dtype, device, stacked=None)
         # What takes Python's time goes on beside what does not, one after another: threads that want Python at the same
         # time take longer together.
         beside = ThreadPoolExecutor(1)
@@ -143,20 +142,16 @@ class FlashPipeline:
                 pipe._keeps_programs = _is_one_default_device(pipe.placement)
                 compiled = beside.submit(pipe.compile, *compile_for, progress)
             tokenizers = beside.submit(_load_tokenizers, opened.tokenizers)
-            runs, unread = [], set(encoders)
-            for name, module in read_components(path, opened, progress):
-                pipe.components[name] = module
-                unread.discard(name)
-                if compile_for is not None and not (name in encoders and unread):
-                    runs.append(beside.submit(pipe._run_once, name, *compile_for))
+            weights = read_weights(path, opened, progress)
             if compile_for is not None:
                 compiled.result()
+            pipe.components = weights.components
+            if compile_for is not None:
+                pipe._run_once(*compile_for)
             pipe.tokenizers = tokenizers.result()
-            for run in runs:
-                run.result()
             return pipe
         finally:
-            beside.shutdown(wait=False, cancel_futures=True)
+            beside.shutdown(wait=False)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, max_t5_tokens: int | None = None) -> "FlashPipeline":
@@ -216,7 +211,7 @@ class FlashPipeline:
             "sigmas": " ".join(f"{level:.9g}" for level in levels),
             "guidance": f"{guidance:g}",
             "dtype": self.dtype,
-            "text_encoders": " ".join(self._encoders()),
+            "text_encoders": " ".join(name for name in TEXT_ENCODERS if name in self.components),
             "max_t5_tokens": str(self.max_t5_tokens),
             "software": f"sd35flash-jax {version('sd35flash-jax')}",
         }
@@ -243,7 +238,7 @@ class FlashPipeline:
         model = self._component("transformer").config
         transformer, vae = self._frozen("transformer"), self._frozen("vae")
         counts = token_counts(self.config, self.max_t5_tokens)
-        encoders = {name: self._frozen(name) for name in self._encoders()}
+        encoders = {name: self._frozen(name) for name in TEXT_ENCODERS if name in self.components}
 
         # What a call passes, in the places where it does: the host's arrays have none.
         placed = partial(jax.ShapeDtypeStruct, sharding=self.placement)
@@ -277,25 +272,17 @@ class FlashPipeline:
             for compiled in tqdm(waiting, "compiling", len(compiling), False, position=1, disable=not progress):
                 compiled.result()
 
-    def _run_once(self, name: str, batch: int, height: int | None, width: int | None) -> None:
-        """On an accelerator, do once with nothing in particular what a component is for: a program that an earlier
-        process compiled sets up its kernels when it first runs, which takes as long as several images. Encoders all
-        run in one."""
-        if on_host(self.placement):
-            return
+    def _run_once(self, batch: int, height: int | None, width: int | None) -> None:
+        """On an accelerator, encode, evaluate and decode nothing in particular, if there are text encoders: a program
+        that an earlier process compiled sets up its kernels when it first runs, which takes as long as several images.
+        """
         counts = token_counts(self.config, self.max_t5_tokens)
+        tokens = {name: np.zeros((batch, counts[name]), np.int32) for name in TEXT_ENCODERS if name in self.components}
+        if on_host(self.placement) or not tokens:
+            return
         height, width = _size(self.config, height, width)
-        model = self._component("transformer").config
-        if name == "vae":
-            shape = (batch, height // DOWNSAMPLING, width // DOWNSAMPLING, model.latent_channels)
-            self.decode(np.zeros(shape, np.float32)).block_until_ready()
-        elif name == "transformer":
-            shapes = (batch, counts["clip_l"] + counts["t5"], model.context_size), (batch, model.pooled_size)
-            context, pooled = (self._placed(np.zeros(shape, self.dtype), jnp.dtype(self.dtype)) for shape in shapes)
-            conditioning = Conditioning(context, pooled)
-            self.denoise(self.noise(0, batch, height, width), conditioning, steps=1).block_until_ready()
-        else:
-            self.encode_tokens({name: np.zeros((batch, counts[name]), np.int32) for name in self._encoders()})
+        latents = self.denoise(self.noise(0, batch, height, width), self.encode_tokens(tokens), steps=1)
+        self.decode(latents).block_until_ready()
 
     def load_lora(self, path: str | os.PathLike, scale: float = 1.0) -> None:
         """Merge a LoRA into the loaded components, on top of those loaded before. Nothing recompiles.
@@ -345,7 +332,7 @@ class FlashPipeline:
             ValueError: no prompt, or no text encoder is loaded.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoders = self._encoders()
+        encoders = {name: self.components[name] for name in TEXT_ENCODERS if name in self.components}
         if not prompts:
             raise ValueError("there is no prompt to encode")
         if self.config.transformer is None:
@@ -468,9 +455,6 @@ class FlashPipeline:
         check_size(self.config, *pixels.shape[1:3])
         with self._precision():
             return _encode_image(self._frozen("vae"), pixels)
-
-    def _encoders(self) -> dict[str, nnx.Module]:
-        return {name: self.components[name] for name in TEXT_ENCODERS if name in self.components}
 
     def _component(self, name: str) -> Any:
         if name not in self.components:
