@@ -97,13 +97,6 @@ def test_components_built_from_different_seeds_differ():
     assert not np.array_equal(one[kernel][0], one[kernel][1])
 
 
-@pytest.mark.parametrize("name", CONFIG.components)
-def test_the_shapes_that_are_made_for_a_component_are_those_of_its_parameters(name):
-    built, described = build_component(name, CONFIG), abstract_component(name, CONFIG)
-    assert jax.tree.structure(described) == jax.tree.structure(built)
-    assert [array.shape for array in jax.tree.leaves(described)] == [array.shape for array in jax.tree.leaves(built)]
-
-
 @pytest.mark.parametrize("config", [CONFIG, PRESETS["sd3.5-medium"]], ids=["tiny", "sd3.5-medium"])
 @pytest.mark.parametrize("name", CONFIG.components)
 def test_a_component_described_without_keys_is_the_one_that_is_built_with_them(name, config):
