@@ -6,19 +6,21 @@ what else is kept beside it.
 - `XLA_FLAGS` keeps every flag it has; ours are put before them, and only those it does not name. Some programs have
   options of their own (`GPU_SIDE_BY_SIDE`), again but for those it names.
 - `JAX_COMPILATION_CACHE_DIR` (or `jax.config`) chooses another folder, `JAX_ENABLE_COMPILATION_CACHE=0` turns the cache
-  off, `JAX_COMPILATION_CACHE_MAX_SIZE` bounds it in bytes. Its folder can be deleted at any time.
+  off, `JAX_COMPILATION_CACHE_MAX_SIZE` bounds it in bytes, but not what else is kept beside it, a megabyte or so for a
+  model and size. Its folder can be deleted at any time.
 - `XLA_PYTHON_CLIENT_PREALLOCATE`, or a fraction of the memory that is to be taken, keeps `start_devices` from setting
   the former.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -103,23 +105,55 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sd35flash-jax" / "xla"
 
 
-def kept_folder(name: str) -> Path | None:
-    """Where something else is kept between processes, beside the cache; nowhere if that is off or no local folder."""
-    folder = getattr(jax.config, _FOLDER)
-    return Path(folder) / name if folder and "://" not in folder and getattr(jax.config, _ENABLED) else None
+def kept_path(kind: str, name: str, description: object) -> Path | None:
+    """Where something is kept between processes, beside the cache, for whatever `description` says in words that mean
+    the same in every process, and for this package's code. Nowhere if the cache is off or not a local folder."""
+    digest = hashlib.sha256(repr((_CODE, description)).encode()).hexdigest()
+    folder = _local_folder()
+    return None if folder is None else folder / kind / f"{name}-{digest}"
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Write a file of a `kept_folder` whole, or not at all: every process can do without it."""
+    """Write what belongs at a `kept_path`, whole or not at all: every process can do without it. Code that has changed
+    since it was imported keeps nothing, because it would be taken for that of the changed code."""
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        if _digest_of_code() == _CODE:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            partial.write_bytes(hashlib.sha256(content).digest() + content)
+            partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         logging.getLogger(__name__).info("%s is not kept: %s", path, error)
+
+
+def read_kept(path: Path) -> bytes | None:
+    """What is kept at a path, if anything is and is as it was written."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    digest, content = stored[:32], stored[32:]
+    return content if hashlib.sha256(content).digest() == digest else None
+
+
+def _local_folder() -> Path | None:
+    folder = getattr(jax.config, _FOLDER)
+    return Path(folder) if folder and "://" not in folder and getattr(jax.config, _ENABLED) else None
+
+
+def _digest_of_code() -> str:
+    """That of this package, with the versions of those whose part in what is kept is as large."""
+    package = Path(__file__).parent
+    versions = [version(name) for name in ("flax", "jax", "jaxlib", "tokenizers", "transformers")]
+    digest = hashlib.sha256(repr(versions).encode())
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+_CODE = _digest_of_code()
 
 
 def _names_a_file(flags: str) -> bool:

@@ -6,18 +6,16 @@ then on. A file serves the same code, versions, device, configuration and shapes
 any time, which is also the only way that old ones go.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable
-from functools import cache, wraps
-from importlib.metadata import version
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 from jax import export
 
-from sd35flash_jax.compilation import keep, kept_folder
+from sd35flash_jax.compilation import keep, kept_path, read_kept
 from sd35flash_jax.frozen import Frozen
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,27 +30,33 @@ _CHECKS_WAIVED = [
 def kept(function: Function) -> Function:
     """For a function under `jax.jit` of arrays and `Frozen` modules: where all of the latter have an `identity`, the
     function is traced once and kept. Such a program runs on one device of the default backend and has no gradient.
-    Keyword arguments are static. Nothing is kept while JAX's cache of compiled programs is off or not a local folder.
-    """
+    Keyword arguments are static. What cannot be written down is traced as ever."""
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
-        folder, identities = kept_folder("lowered"), _identities(arguments)
-        if folder is None or None in identities:
+        identities = _identities(arguments)
+        if None in identities:
             return function(*arguments, **options)
         leaves, structure = jax.tree.flatten(arguments)
+        places = [jax.tree_util.keystr(place) for place, _ in jax.tree_util.tree_leaves_with_path(arguments)]
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        shown = [(place, shape.shape, shape.dtype.name) for place, shape in zip(places, shapes)]
+        name = function.__module__, function.__qualname__
+        path = kept_path("lowered", function.__name__, (name, identities, sorted(options.items()), shown, _settings()))
+        if path is None:
+            return function(*arguments, **options)
 
         def of_leaves(*leaves: Any) -> Any:
             return function(*jax.tree.unflatten(structure, leaves), **options)
 
-        shown = [(shape.shape, shape.dtype.name) for shape in shapes]
-        description = repr((function.__qualname__, identities, sorted(options.items()), shown, _surroundings()))
-        path = folder / f"{function.__name__}-{hashlib.sha256(description.encode()).hexdigest()}"
         program = _read(path)
         if program is None:
-            program = export.export(jax.jit(of_leaves), disabled_checks=_CHECKS_WAIVED)(*shapes)
-            keep(path, bytes(program.serialize()))
+            try:
+                program = export.export(jax.jit(of_leaves), disabled_checks=_CHECKS_WAIVED)(*shapes)
+                keep(path, bytes(program.serialize()))
+            except Exception as error:  # Whatever is wrong with the function itself is raised by it again.
+                logging.getLogger(__name__).info("%s is not kept: %s", path, error)
+                return function(*arguments, **options)
         return program.call(*leaves)
 
     return call  # type: ignore[return-value]
@@ -63,31 +67,18 @@ def _identities(arguments: Any) -> list[str | None]:
     return [node.identity for node in nodes if isinstance(node, Frozen)]
 
 
-def _surroundings() -> tuple[Any, ...]:
-    """All else that tracing depends on."""
+def _settings() -> tuple[Any, ...]:
+    """What tracing depends on besides the code and its arguments."""
     device = jax.devices()[0]
     chosen = [getattr(jax.config, name) for name in ("jax_default_matmul_precision", "jax_enable_x64")]
-    return _code(), device.platform, device.device_kind, getattr(device, "core_count", None), chosen
-
-
-@cache
-def _code() -> str:
-    """A digest of this package, with the versions of those that trace it."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256(repr([version(name) for name in ("jax", "jaxlib", "flax")]).encode())
-    for file in sorted(package.rglob("*.py")):
-        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return device.platform, device.device_kind, getattr(device, "core_count", None), chosen
 
 
 def _read(path: Path) -> export.Exported | None:
-    try:
-        program = export.deserialize(bytearray(path.read_bytes()))
-    except FileNotFoundError:
+    content = read_kept(path)
+    if content is None:
         return None
-    except Exception as error:  # A damaged file can fail in many ways, and costs no more than one that is missing.
-        logging.getLogger(__name__).info("%s is not read: %s", path, error)
-        return None
+    program = export.deserialize(bytearray(content))
     if b"mosaic_gpu" in program.mlir_module_serialized:
         import jax.experimental.mosaic.gpu  # noqa: F401  Tells XLA where the library is that runs such kernels.
     return program

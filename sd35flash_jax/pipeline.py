@@ -77,6 +77,12 @@ class FlashPipeline:
             raise ValueError("there is no component to run: the checkpoint is empty, or all of it was left out")
         if max_t5_tokens is not None and max_t5_tokens < 1:
             raise ValueError(f"max_t5_tokens must be positive, not {max_t5_tokens}")
+        for name, tokenizer in tokenizers.items():
+            if not hasattr(tokenizer, "encode_batch"):
+                raise ValueError(
+                    f"the tokenizer of {name} is not one of the tokenizers library: load it with "
+                    "sd35flash_jax.text.load_prompt_tokenizer"
+                )
         self.config = config
         self.components = dict(components)
         self.tokenizers = dict(tokenizers)
@@ -114,7 +120,7 @@ class FlashPipeline:
             progress: show a bar on standard error.
             compile_for: a batch, height and width, as `compile` takes them, that are compiled for while the weights
                 are read. On an accelerator one step is run as well, with the memory that an image takes. Programs are
-                traced in the first process alone (`kept_programs`), and have no gradient.
+                traced in the first process alone (`kept_programs`).
 
         Raises:
             ValueError: an option is out of range.
@@ -464,7 +470,9 @@ class FlashPipeline:
     def _frozen(self, name: str) -> Frozen:
         module = self._component(name)
         if name not in self._frozen_components or self._frozen_components[name][0] is not module:
-            identity = f"{name}: {module.config}" if self._keeps_programs else None
+            kind = type(module)
+            is_ours = kind.__module__.startswith("sd35flash_jax.")
+            identity = f"{name}: {kind.__qualname__} of {module.config}" if self._keeps_programs and is_ours else None
             self._frozen_components[name] = module, Frozen(module, identity)
         return self._frozen_components[name][1]
 

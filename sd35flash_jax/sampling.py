@@ -6,6 +6,7 @@ velocity to the latents once, or twice with guidance; the device is kept busy, s
 What recompiles is a new batch, height, width, token count or dtype.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 
@@ -24,7 +25,8 @@ from sd35flash_jax.text import Conditioning
 # Modulation is a matrix product of few rows, as slow as the reading of its weights: a few steps' rows take no longer.
 STEPS_MODULATED = 4
 
-export.register_namedtuple_serialization(Modulation, serialized_name="sd35flash_jax.Modulation")
+with contextlib.suppress(ValueError):  # Registered already, where this module is loaded again.
+    export.register_namedtuple_serialization(Modulation, serialized_name="sd35flash_jax.Modulation")
 
 
 @jax.jit

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from jax import export
 from jaxtyping import Array, Float, Int
 
-from sd35flash_jax.compilation import GPU_SIDE_BY_SIDE, gpu_options, keep, kept_folder
+from sd35flash_jax.compilation import GPU_SIDE_BY_SIDE, gpu_options, keep, kept_path, read_kept
 from sd35flash_jax.config import CLIPConfig, ModelConfig
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.kept_programs import kept
@@ -35,12 +34,13 @@ class Conditioning:
     pooled: Float[Array, "b p"]
 
 
-export.register_pytree_node_serialization(
-    Conditioning,
-    serialized_name="sd35flash_jax.Conditioning",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
-)
+with contextlib.suppress(ValueError):  # Registered already, where this module is loaded again.
+    export.register_pytree_node_serialization(
+        Conditioning,
+        serialized_name="sd35flash_jax.Conditioning",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: (),
+    )
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -86,32 +86,28 @@ def load_tokenizer(encoder: str, folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_prompt_tokenizer(encoder: str, folder: Path) -> "Tokenizer":
-    """What `load_tokenizer` gives for ids of prompts, with the encoder's padding: the tokenizer of the `tokenizers`
-    library in it. It is kept between processes, because transformers takes most of a second to import.
+    """The tokenizer of a text encoder as far as prompts need it: that of the `tokenizers` library, with the encoder's
+    padding. It is kept between processes, because transformers, which makes it, takes most of a second to import.
 
     Raises:
-        ValueError: as `load_tokenizer`.
+        ValueError: as `load_tokenizer`, or the tokenizer has no token to pad with.
     """
     from tokenizers import Tokenizer
 
-    kept = kept_folder("tokenizers")
-    path = None if kept is None else kept / f"{encoder}-{_digest(folder)}.json"
-    if path is not None and path.is_file():
-        with contextlib.suppress(Exception):  # A damaged one fails as a bare Exception, and is made anew.
-            return Tokenizer.from_file(str(path))
+    files = sorted(file for file in folder.glob("*") if file.is_file())
+    digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    path = kept_path("tokenizers", encoder, (encoder, digests))
+    content = None if path is None else read_kept(path)
+    if content is not None:
+        return Tokenizer.from_str(content.decode())
     whole = load_tokenizer(encoder, folder)
+    if whole.pad_token_id is None:
+        raise ValueError(f"the tokenizer in {folder} names no token to pad with")
     tokenizer: Tokenizer = whole.backend_tokenizer
     tokenizer.enable_padding(pad_id=whole.pad_token_id, pad_token=whole.pad_token)
     if path is not None:
         keep(path, tokenizer.to_str().encode())
     return tokenizer
-
-
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256(repr([version(name) for name in ("transformers", "tokenizers")]).encode())
-    for file in sorted(file for file in folder.glob("*") if file.is_file()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def token_counts(config: ModelConfig, t5_tokens: int) -> dict[str, int]:

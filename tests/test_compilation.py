@@ -228,8 +228,34 @@ def test_what_is_kept_beside_the_cache_is_kept_beside_a_local_one_that_is_on(cac
     try:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_enable_compilation_cache", enabled)
-        expected = Path("/somewhere/lowered") if enabled and cache.startswith("/") else None
-        assert compilation.kept_folder("lowered") == expected
+        path = compilation.kept_path("lowered", "program", "what it is for")
+        if enabled and cache.startswith("/"):
+            assert path.parent == Path("/somewhere/lowered") and path.name.startswith("program-")
+        else:
+            assert path is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before[0])
         jax.config.update("jax_enable_compilation_cache", before[1])
+
+
+def test_what_is_kept_is_read_as_it_was_written_from_folders_that_are_made(tmp_path):
+    path = tmp_path / "a" / "b" / "kept"
+    assert compilation.read_kept(path) is None
+    compilation.keep(path, b"content")
+    assert compilation.read_kept(path) == b"content"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert compilation.read_kept(path) is None
+    path.unlink()
+    path.mkdir()
+    assert compilation.read_kept(path) is None
+
+
+def test_code_has_a_digest_that_changes_with_it(tmp_path, monkeypatch):
+    real = compilation._digest_of_code()
+    assert real == compilation._CODE
+    monkeypatch.setattr(compilation, "__file__", str(tmp_path / "compilation.py"))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "layer.py").write_text("a = 1")
+    first = compilation._digest_of_code()
+    (tmp_path / "models" / "layer.py").write_text("a = 2")
+    assert len({real, first, compilation._digest_of_code()}) == 3

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sd35flash_jax import FlashPipeline, kept_programs
+from sd35flash_jax import FlashPipeline, compilation
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.kept_programs import kept
 from sd35flash_jax.models.mmdit import MMDiT
+from sd35flash_jax.models.vae import VAE
 
 X = np.float32([[1, 2, 3]])
 
@@ -20,8 +21,8 @@ X = np.float32([[1, 2, 3]])
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where programs are kept while the test runs; JAX's own cache stays off."""
-    monkeypatch.setattr(kept_programs, "kept_folder", lambda name: tmp_path / name)
-    return tmp_path / "lowered"
+    monkeypatch.setattr(compilation, "_local_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "lowered"
 
 
 @pytest.fixture
@@ -77,25 +78,40 @@ def test_whatever_a_program_depends_on_has_a_program_of_its_own(folder, program,
     assert differently(identity="another") == 1
     assert differently(precision="highest") == 1
     assert differently(power=3) == 1
-    monkeypatch.setattr(kept_programs, "_code", lambda: "changed")
+    monkeypatch.setattr(compilation, "_CODE", "changed")
+    monkeypatch.setattr(compilation, "_digest_of_code", lambda: "changed")
     assert differently() == 1
     assert len(list(folder.iterdir())) == 7
 
 
-def test_the_code_that_programs_are_made_of_has_a_digest_that_changes_with_it(tmp_path, monkeypatch):
-    def digest():
-        kept_programs._code.cache_clear()
-        return kept_programs._code()
+def test_a_program_belongs_to_the_names_of_its_arguments(folder, traced):
+    @jax.jit
+    @kept
+    def one_of(layer, inputs):
+        traced.append(list(inputs))
+        return inputs["first"] if "first" in inputs else -inputs["second"]
 
-    real = digest()
-    monkeypatch.setattr(kept_programs, "__file__", str(tmp_path / "kept_programs.py"))
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "layer.py").write_text("a = 1")
-    first = digest()
-    (tmp_path / "models" / "layer.py").write_text("a = 2")
-    assert len({real, first, digest()}) == 3
-    monkeypatch.undo()
-    assert digest() == real
+    for name, sign in (("first", 1), ("second", -1)):
+        np.testing.assert_array_equal(one_of(layer(), {name: X}), sign * X)
+    assert traced == [["first"], ["second"]]
+
+
+def test_code_that_changed_after_its_import_keeps_nothing(folder, program, monkeypatch):
+    monkeypatch.setattr(compilation, "_digest_of_code", lambda: "changed")
+    program()(layer(), X)
+    assert not folder.exists()
+
+
+def test_a_program_that_cannot_be_written_down_runs_all_the_same(folder, capsys):
+    @jax.jit
+    @kept
+    def shown(layer, x):
+        jax.debug.print("x is {}", x[0, 0])
+        return layer.module(x)
+
+    np.testing.assert_allclose(shown(layer(), X), layer().module(X), rtol=1e-6)
+    jax.effects_barrier()
+    assert "x is 1.0" in capsys.readouterr().out and not folder.exists()
 
 
 def test_nothing_is_kept_of_a_module_without_identity(folder, program, traced):
@@ -104,12 +120,22 @@ def test_nothing_is_kept_of_a_module_without_identity(folder, program, traced):
     assert len(traced) == 2 and not folder.exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a program", None])
+DAMAGE = {
+    "empty": lambda whole: b"",
+    "another file": lambda whole: b"not a program",
+    "half": lambda whole: whole[: len(whole) // 2],
+    "a byte changed": lambda whole: whole[:700] + bytes([whole[700] ^ 1]) + whole[701:],
+    "a block of zeros": lambda whole: whole[:400] + bytes(200) + whole[600:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_made_anew(folder, program, traced, damage):
     program()(layer(), X)
     [file] = folder.iterdir()
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    assert DAMAGE[damage](whole) != whole
+    file.write_bytes(DAMAGE[damage](whole))
     np.testing.assert_allclose(program()(layer(), X)["sum"], layer().module(X) ** 2, rtol=1e-6)
     assert len(traced) == 2
     program()(layer(), X)
@@ -118,11 +144,13 @@ def test_a_damaged_file_is_made_anew(folder, program, traced, damage):
 
 @pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else False, reason="the superuser may write anywhere")
 def test_a_folder_that_cannot_be_written_is_done_without(folder, program):
+    folder.parent.mkdir()
     folder.parent.chmod(0o500)
     np.testing.assert_allclose(program()(layer(), X)["sum"], layer().module(X) ** 2, rtol=1e-6)
 
 
 def test_a_file_in_the_place_of_the_folder_is_done_without(folder, program):
+    folder.parent.mkdir()
     folder.write_text("in the way")
     np.testing.assert_allclose(program()(layer(), X)["sum"], layer().module(X) ** 2, rtol=1e-6)
     assert [path.name for path in folder.parent.iterdir()] == ["lowered"]
@@ -155,6 +183,20 @@ def test_a_pipeline_that_is_compiled_for_while_it_is_loaded_traces_no_kept_progr
     assert np.abs(first.astype(int) - traced).max() <= 1
 
 
+def test_a_component_of_ones_own_has_no_kept_program(small_checkpoint, folder):
+    class Black(VAE):
+        def decode(self, latents):
+            return 0 * super().decode(latents)
+
+    size = {"height": 64, "width": 48}
+    pipe = FlashPipeline.from_pretrained(small_checkpoint, max_t5_tokens=24, compile_for=(1, 64, 48))
+    noise = pipe.noise(0, 1, **size)
+    assert np.asarray(pipe.decode(noise)).max() > 0
+    black = Black(pipe.config.vae, rngs=nnx.Rngs(0))
+    pipe.components["vae"] = jax.tree.map(lambda array: array.astype(jnp.bfloat16), black)
+    assert np.asarray(pipe.decode(noise)).max() == 0
+
+
 def test_a_pipeline_on_several_devices_keeps_no_program(small_checkpoint, tmp_path):
     script = f"""
 import jax
@@ -164,12 +206,12 @@ jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
 mesh = jax.make_mesh((2,), ("data",))
 for device in (None, NamedSharding(mesh, PartitionSpec())):
     pipe = FlashPipeline.from_pretrained({str(small_checkpoint)!r}, device=device, compile_for=(1, 64, 48))
-    print(pipe("a red fox", height=64, width=48).images[0].size)
+    print(pipe("a red fox", height=64, width=48).images[0].size, pipe._keeps_programs)
 """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "1"
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert run.stdout.split("\n")[:2] == ["(48, 64)", "(48, 64)"], run.stderr
+    assert run.stdout.split("\n")[:2] == ["(48, 64) True", "(48, 64) False"], run.stderr
     assert len(list((tmp_path / "lowered").iterdir())) == 4
 
 

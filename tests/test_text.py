@@ -79,8 +79,8 @@ def test_ids_of_prompts_are_those_that_transformers_gives(folders, tokenizers, e
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("sd35flash_jax.text.kept_folder", lambda name: tmp_path / name)
-    return tmp_path / "tokenizers"
+    monkeypatch.setattr("sd35flash_jax.compilation._local_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "tokenizers"
 
 
 @pytest.mark.parametrize("encoder", ["clip_l", "clip_g", "t5"])
@@ -106,7 +106,16 @@ def test_a_damaged_kept_tokenizer_is_made_anew(folders, kept):
     [file] = kept.iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
-    assert load_prompt_tokenizer("t5", folders["t5"]).to_str().encode() == whole == file.read_bytes()
+    load_prompt_tokenizer("t5", folders["t5"])
+    assert file.read_bytes() == whole
+
+
+def test_a_tokenizer_that_names_no_padding_is_refused(folders, tmp_path, monkeypatch):
+    whole = load_tokenizer("clip_l", folders["clip_l"])
+    whole.pad_token = None
+    monkeypatch.setattr("sd35flash_jax.text.load_tokenizer", lambda *_: whole)
+    with pytest.raises(ValueError, match="names no token to pad with"):
+        load_prompt_tokenizer("clip_l", folders["clip_l"])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published tokenizers in ../shared")
