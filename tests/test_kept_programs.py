@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from sd35flash_jax import FlashPipeline, compilation
+from sd35flash_jax.checkpoint import parameters
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.kept_programs import kept
 from sd35flash_jax.models.mmdit import MMDiT
@@ -181,6 +182,20 @@ def test_a_pipeline_that_is_compiled_for_while_it_is_loaded_traces_no_kept_progr
     first, again, traced = (np.asarray(image) for image in images)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first.astype(int) - traced).max() <= 1
+
+
+def test_another_size_and_other_weights_are_drawn_as_they_are_without_kept_programs(small_checkpoint, folder):
+    pipe = FlashPipeline.from_pretrained(small_checkpoint, max_t5_tokens=24, compile_for=(1, 64, 48))
+    plain = FlashPipeline.from_pretrained(small_checkpoint, max_t5_tokens=24)
+    drawn = []
+    for weight in (1, 2):
+        for one in (pipe, plain):
+            parameter = np.asarray(parameters(plain.components["transformer"])["patch_embed.kernel"])
+            one._put("transformer", {"patch_embed.kernel": parameter * weight})
+            drawn.append(np.asarray(one("a red fox", height=80, width=64).images[0], np.int32))
+    first, first_plain, other, other_plain = drawn
+    assert np.abs(first - first_plain).max() <= 1 and np.abs(other - other_plain).max() <= 1
+    assert np.abs(first - other).max() > 1 and len(list(folder.iterdir())) == 4 + 2  # of evaluation and decoding
 
 
 def test_a_component_of_ones_own_has_no_kept_program(small_checkpoint, folder):
