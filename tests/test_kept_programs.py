@@ -185,6 +185,7 @@ def test_a_pipeline_that_is_compiled_for_while_it_is_loaded_traces_no_kept_progr
 
 
 def test_another_size_and_other_weights_are_drawn_as_they_are_without_kept_programs(small_checkpoint, folder):
+    jax.clear_caches()
     pipe = FlashPipeline.from_pretrained(small_checkpoint, max_t5_tokens=24, compile_for=(1, 64, 48))
     plain = FlashPipeline.from_pretrained(small_checkpoint, max_t5_tokens=24)
     drawn = []
