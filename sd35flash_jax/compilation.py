@@ -153,7 +153,7 @@ def _digest_of_code() -> str:
     return digest.hexdigest()
 
 
-_CODE = _digest_of_code()
+_CODE = _digest_of_code()  # On import: code that changes later is not the code that runs.
 
 
 def _names_a_file(flags: str) -> bool:

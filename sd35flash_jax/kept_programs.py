@@ -37,10 +37,9 @@ def kept(function: Function) -> Function:
         identities = _identities(arguments)
         if None in identities:
             return function(*arguments, **options)
-        leaves, structure = jax.tree.flatten(arguments)
-        places = [jax.tree_util.keystr(place) for place, _ in jax.tree_util.tree_leaves_with_path(arguments)]
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        shown = [(place, shape.shape, shape.dtype.name) for place, shape in zip(places, shapes)]
+        placed, structure = jax.tree_util.tree_flatten_with_path(arguments)
+        leaves = [leaf for _, leaf in placed]
+        shown = [(jax.tree_util.keystr(place), leaf.shape, leaf.dtype.name) for place, leaf in placed]
         name = function.__module__, function.__qualname__
         path = kept_path("lowered", function.__name__, (name, identities, sorted(options.items()), shown, _settings()))
         if path is None:
@@ -51,6 +50,7 @@ def kept(function: Function) -> Function:
 
         program = _read(path)
         if program is None:
+            shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
             try:
                 program = export.export(jax.jit(of_leaves), disabled_checks=_CHECKS_WAIVED)(*shapes)
                 keep(path, bytes(program.serialize()))

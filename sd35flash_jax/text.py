@@ -96,7 +96,7 @@ def load_prompt_tokenizer(encoder: str, folder: Path) -> "Tokenizer":
 
     files = sorted(file for file in folder.glob("*") if file.is_file())
     digests = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
-    path = kept_path("tokenizers", encoder, (encoder, digests))
+    path = kept_path("tokenizers", encoder, digests)
     content = None if path is None else read_kept(path)
     if content is not None:
         return Tokenizer.from_str(content.decode())
