@@ -239,7 +239,8 @@ from flax import nnx
 from sd35flash_jax import compilation
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.kept_programs import kept
-from sd35flash_jax.models.layers import Projected, add_and_norm, joined_heads, joint_attention
+from sd35flash_jax.models.layers import add_and_norm, joined_heads, joint_attention
+from sd35flash_jax.models.streams import Norms, Projected, ResidualSum
 compilation.configure()
 jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
 
@@ -247,7 +248,7 @@ jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
 @kept
 def mix(layer, x):
     print("traced")
-    _, [normed] = add_and_norm(x, [], jnp.ones((1, 128), x.dtype), (), ((0, 1),))
+    [(_, [normed])] = add_and_norm([ResidualSum(x)], [Norms(jnp.ones((1, 128), x.dtype), ((0, 1),))])
     joined = joined_heads([Projected(layer.module(normed), (jnp.ones(64), jnp.ones(64)))], 2)
     return joint_attention(*joined, (128,), 128)[0]
 

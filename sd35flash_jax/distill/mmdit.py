@@ -13,6 +13,7 @@ from sd35flash_jax.distill.flow import Velocity
 from sd35flash_jax.distill.lora import Params, merge_lora
 from sd35flash_jax.distill.updates import Features, Networks
 from sd35flash_jax.models.layers import unstacked
+from sd35flash_jax.models.mmdit import Streams
 from sd35flash_jax.text import Conditioning
 
 
@@ -68,9 +69,9 @@ class Rematerialised(nnx.Module):
     def modulate(self, condition: Array) -> Any:
         return self.block.modulate(condition)
 
-    def __call__(self, image: Array, context: Array, modulation: Any, context_tokens: int) -> tuple[Array, Array]:
-        run: Callable[..., Any] = jax.checkpoint(lambda block, *inputs: block(*inputs, context_tokens))
-        return run(self.block, image, context, modulation)
+    def __call__(self, streams: Streams, modulation: Any, context_tokens: int) -> Streams:
+        run: Callable[..., Streams] = jax.checkpoint(lambda block, *inputs: block(*inputs, context_tokens))
+        return run(self.block, streams, modulation)
 
 
 def rematerialised(model: Any) -> Any:

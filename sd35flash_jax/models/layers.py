@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
+
+from sd35flash_jax.models.streams import Norms, Projected, ResidualSum
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -194,14 +196,6 @@ def split_heads(qkv: Float[Array, "b t c3"], heads: int) -> tuple[Array, Array, 
     return query, key, value
 
 
-class Projected(NamedTuple):
-    """One stream's share of an attention: a fused projection of queries, keys and values, and the scales of the RMS
-    norms of its queries and keys, if it has them."""
-
-    qkv: Float[Array, "b t c3"]
-    scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None
-
-
 def joined_heads(streams: Sequence[Projected], heads: int) -> tuple[Array, Array, Array]:
     """The streams' normed queries, normed keys and values in heads, `(batch, tokens, heads, head_size)`, the streams
     one after another on the token axis.
@@ -255,44 +249,37 @@ def rms_norm(x: Float[Array, "... c"], scale: Float[Array, " c"]) -> Float[Array
 
 
 def add_and_norm(
-    x: Float[Array, "b t c"],
-    updates: Sequence[Float[Array, "b t c"]],
-    vectors: Float[Array, "b v"],
-    gates: tuple[int, ...],
-    norms: tuple[tuple[int, int], ...],
-) -> tuple[Float[Array, "b t c"], list[Float[Array, "b t c"]]]:
-    """A residual sum and its adaptive layer norms (DiT, arXiv 2212.09748, section 3.2): `x` plus each update times its
-    gate, and that sum normed, once for each `(shift, scale)`; both in float32, rounded to the dtype of `x`.
+    sums: Sequence[ResidualSum], norms: Sequence[Norms]
+) -> list[tuple[Float[Array, "b t c"], list[Float[Array, "b t c"]]]]:
+    """Each stream's sum, and the sum's norms; both are taken in float32 and rounded to the dtype of `x`.
 
-    Gates, shifts and scales are named by their place among `vectors`, the conditioning's vectors side by side. On a
-    Hopper GPU a kernel of our own does it in one pass.
+    On a Hopper GPU a kernel of our own does it in one pass.
     """
-    return _on_hopper(
-        partial(_add_and_norm, gates, norms),
-        partial(_portable_add_and_norm, gates, norms),
-        x,
-        updates,
-        vectors,
-    )
+    return _on_hopper(_add_and_norm, _portable_add_and_norm, tuple(sums), tuple(norms))
 
 
-def _add_and_norm(
-    gates: tuple[int, ...], norms: tuple[tuple[int, int], ...], x: Array, updates: Sequence[Array], vectors: Array
-) -> tuple[Array, list[Array]]:
+def _add_and_norm(sums: Sequence[ResidualSum], norms: Sequence[Norms]) -> list[tuple[Array, list[Array]]]:
     from sd35flash_jax.models import gpu_kernels
 
-    return gpu_kernels.add_and_norm(gates, norms, x, updates, vectors)
+    return gpu_kernels.add_and_norm(sums, norms)
 
 
-def _portable_add_and_norm(
-    gates: tuple[int, ...], norms: tuple[tuple[int, int], ...], x: Array, updates: Sequence[Array], vectors: Array
-) -> tuple[Array, list[Array]]:
-    given = jnp.split(vectors[:, None].astype(jnp.float32), vectors.shape[-1] // x.shape[-1], axis=-1)
-    total = x.astype(jnp.float32)
-    for gate, update in zip(gates, updates):
-        total = total + given[gate] * update
-    x = total.astype(x.dtype)
-    return x, [adaptive_layer_norm(x, given[shift], given[scale]) for shift, scale in norms]
+def _portable_add_and_norm(sums: Sequence[ResidualSum], norms: Sequence[Norms]) -> list[tuple[Array, list[Array]]]:
+    def each_vector(vectors: Array | None, size: int) -> list[Array]:
+        if vectors is None:
+            return []
+        return jnp.split(vectors[:, None].astype(jnp.float32), vectors.shape[-1] // size, axis=-1)
+
+    def one(terms: ResidualSum, own: Norms) -> tuple[Array, list[Array]]:
+        size, dtype = terms.x.shape[-1], terms.x.dtype
+        gates, given = each_vector(terms.vectors, size), each_vector(own.vectors, size)
+        total = terms.x.astype(jnp.float32)
+        for gate, update in zip(terms.gates, terms.updates):
+            total = total + gates[gate] * update
+        x = total.astype(dtype)
+        return x, [adaptive_layer_norm(x, given[shift], given[scale]) for shift, scale in own.places]
+
+    return [one(terms, own) for terms, own in zip(sums, norms)]
 
 
 def adaptive_layer_norm(

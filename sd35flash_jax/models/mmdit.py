@@ -5,6 +5,8 @@ Image patches and text tokens are two streams with parameters of their own that 
 a second attention among image tokens alone. Shapes: b batch, t tokens, h height, w width, c channels.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +17,6 @@ from jaxtyping import Array, Float, Num
 from sd35flash_jax.config import MMDiTConfig
 from sd35flash_jax.models.layers import (
     Model,
-    Projected,
     add_and_norm,
     attention,
     joined_heads,
@@ -26,6 +27,7 @@ from sd35flash_jax.models.layers import (
     sinusoidal_embedding,
     stack_blocks,
 )
+from sd35flash_jax.models.streams import Norms, Projected, ResidualSum
 
 SINUSOIDS = 256
 ROWS_ALIGNED = 8
@@ -107,22 +109,21 @@ class Stream(nnx.Module):
         self.second_attention = StreamAttention(config, rngs=rngs) if dual else None
         self.feed_forward = FeedForward(size, rngs=rngs)
 
-    def update(
-        self,
-        x: Float[Array, "b t c"],
-        mixed: Float[Array, "b t c"],
-        second_input: Float[Array, "b t c"] | None,
-        vectors: Float[Array, "b v"],
-    ) -> Float[Array, "b t c"]:
-        """Add what the joint attention brought and the second attention brings, then the feed-forward layer."""
+    def with_attention(
+        self, x: Float[Array, "b t c"], mixed: Float[Array, "b t c"], second_inputs: Sequence[Array], vectors: Array
+    ) -> ResidualSum:
+        """Add what the joint attention brought and, of its own input, what the second attention brings."""
         updates = [self.attention.out(mixed)]
-        if self.second_attention is not None and second_input is not None:
+        for second_input in second_inputs:
+            assert self.second_attention is not None
             projected = self.second_attention.project(second_input)
             second = attention(*joined_heads([projected], self.second_attention.heads))
             updates.append(self.second_attention.out(second))
-        x, [normed] = add_and_norm(x, updates, vectors, (GATE, GATE_2)[: len(updates)], ((SHIFT_FF, SCALE_FF),))
-        x, _ = add_and_norm(x, [self.feed_forward(normed)], vectors, (GATE_FF,), ())
-        return x
+        return ResidualSum(x, tuple(updates), vectors, (GATE, GATE_2)[: len(updates)])
+
+
+Streams = tuple[ResidualSum, ...]
+"""The image's, then the context's, which ends in the last block."""
 
 
 class JointBlock(nnx.Module):
@@ -137,27 +138,34 @@ class JointBlock(nnx.Module):
         return self.image.modulation(condition), self.context.modulation(condition)
 
     def __call__(
-        self,
-        image: Float[Array, "b t c"],
-        context: Float[Array, "b s c"],
-        modulation: tuple[Float[Array, "b v"], Float[Array, "b v"]],
-        context_tokens: int,
-    ) -> tuple[Array, Array]:
-        """Of the context, the first `context_tokens` rows are attended to."""
-        image_vectors, context_vectors = modulation
-        dual = self.image.second_attention is not None
-        norms = ((SHIFT, SCALE), (SHIFT_2, SCALE_2))[: 1 + dual]
-        _, [normed_image, *rest] = add_and_norm(image, [], image_vectors, (), norms)
-        _, [normed_context] = add_and_norm(context, [], context_vectors, (), ((SHIFT, SCALE),))
-        streams = [self.image.attention.project(normed_image), self.context.attention.project(normed_context)]
-        joined = joined_heads(streams, self.image.attention.heads)
-        rows = image.shape[1], context.shape[1]
-        to_image, to_context = joint_attention(*joined, rows, image.shape[1] + context_tokens)
+        self, streams: Streams, modulation: tuple[Float[Array, "b v"], Float[Array, "b v"]], context_tokens: int
+    ) -> Streams:
+        """Of the context, the first `context_tokens` rows are attended to. A block's last sums are left to be taken
+        with the next one's norms."""
+        halves = self.image, self.context
+        inputs = (SHIFT, SCALE), (SHIFT_2, SCALE_2)
+        places = inputs[: 1 + (self.image.second_attention is not None)], inputs[:1]
+        normed = add_and_norm(streams, [Norms(*each) for each in zip(modulation, places)])
+        projected = [half.attention.project(first) for half, (_, [first, *_]) in zip(halves, normed)]
+        joined = joined_heads(projected, self.image.attention.heads)
+        rows = tuple(stream.x.shape[1] for stream in streams)
+        mixed = joint_attention(*joined, rows, rows[0] + context_tokens)
 
-        image = self.image.update(image, to_image, rest[0] if dual else None, image_vectors)
-        if isinstance(self.context, Stream):
-            context = self.context.update(context, to_context, None, context_vectors)
-        return image, context
+        going_on = [half for half in halves if isinstance(half, Stream)]
+        sums = [
+            half.with_attention(x, own_mixed, seconds, vectors)
+            for half, (x, [_, *seconds]), own_mixed, vectors in zip(going_on, normed, mixed, modulation)
+        ]
+        norms = [Norms(vectors, ((SHIFT_FF, SCALE_FF),)) for vectors in modulation[: len(sums)]]
+        return tuple(
+            ResidualSum(x, (half.feed_forward(first),), vectors, (GATE_FF,))
+            for half, (x, [first]), vectors in zip(going_on, add_and_norm(sums, norms), modulation)
+        )
+
+
+def taken(streams: Streams) -> Streams:
+    """The same streams with nothing left to add."""
+    return tuple(ResidualSum(x) for x, _ in add_and_norm(streams, [Norms()] * len(streams)))
 
 
 class Modulation(NamedTuple):
@@ -230,13 +238,17 @@ class MMDiT(Model):
     ) -> Float[Array, "b h w 16"]:
         """The velocity, given what `modulate` made of timestep and pooled text."""
         streams, tokens = self.embed(latents, context), context.shape[1]
-        for blocks, vectors in self.stacks(modulation):
-            streams = scan_blocks(
-                blocks, streams, lambda block, streams, vectors: block(*streams, vectors, tokens), vectors
-            )
-        image, _ = self.last_block(*streams, modulation.last_block, tokens)
 
-        _, [normed] = add_and_norm(image, [], modulation.out, (), ((SHIFT, SCALE),))
+        def run(pass_on: Callable[[Streams], Streams], block: JointBlock, streams: Streams, vectors: Any) -> Streams:
+            return pass_on(block(streams, vectors, tokens))
+
+        for blocks, vectors in self.stacks(modulation):
+            # What the loop over a stack carries is kept for a gradient, once for each block.
+            pass_on = tuple if isinstance(blocks, nnx.List) else taken
+            streams = scan_blocks(blocks, streams, partial(run, pass_on), vectors)
+        image, *_ = self.last_block(streams, modulation.last_block, tokens)
+
+        [(_, [normed])] = add_and_norm([image], [Norms(modulation.out, ((SHIFT, SCALE),))])
         return self.unpatchify(self.out(normed), *latents.shape[1:3])
 
     def image_streams(
@@ -246,25 +258,23 @@ class MMDiT(Model):
         streams, tokens = self.embed(latents, context), context.shape[1]
         images: list[Array] = []
 
-        def run(streams: tuple[Array, Array], layer: tuple[Any, Any]) -> tuple[tuple[Array, Array], Array]:
+        def run(streams: Streams, layer: tuple[JointBlock, Any]) -> tuple[Streams, Array]:
             block, vectors = layer
-            streams = block(*streams, vectors, tokens)
-            return streams, streams[0]
+            streams = taken(block(streams, vectors, tokens))
+            return streams, streams[0].x
 
         for stack in self.stacks(modulation):
             streams, after = jax.lax.scan(run, streams, stack)
             images += list(after)
-        return [*images, self.last_block(*streams, modulation.last_block, tokens)[0]]
+        return [*images, taken(self.last_block(streams, modulation.last_block, tokens))[0].x]
 
-    def embed(
-        self, latents: Float[Array, "b h w 16"], context: Float[Array, "b t context"]
-    ) -> tuple[Float[Array, "b i c"], Float[Array, "b s c"]]:
+    def embed(self, latents: Float[Array, "b h w 16"], context: Float[Array, "b t context"]) -> Streams:
         """Both streams as they enter the first block. The context gets rows that nothing attends to, lest matrix
         products pad it one by one."""
         dtype = self.out.kernel.dtype
         image = self.patch_embed(self.patchify(latents.astype(dtype))) + self.positions(*latents.shape[1:3])
         context = jnp.pad(context.astype(dtype), ((0, 0), (0, -context.shape[1] % ROWS_ALIGNED), (0, 0)))
-        return image, self.context_embed(context)
+        return ResidualSum(image), ResidualSum(self.context_embed(context))
 
     def stacks(self, modulation: Modulation) -> list[tuple[Any, Any]]:
         """All blocks but the last, in order, with their vectors."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sd35flash_jax.models import gpu_kernels, layers
+from sd35flash_jax.models.streams import Norms, Projected, ResidualSum
 
 ON_HOPPER = jax.default_backend() == "gpu" and layers._compute_capability() == 9
 COMPILED = pytest.param(
@@ -29,11 +30,12 @@ def joined(heads: int):
     return layers.differentiable(partial(gpu_kernels.join_heads, heads), partial(layers._gradient, portable)), portable
 
 
-def added(gates: tuple[int, ...], norms: tuple[tuple[int, int], ...]):
-    portable = partial(layers._portable_add_and_norm, gates, norms)
-    return layers.differentiable(
-        partial(gpu_kernels.add_and_norm, gates, norms), partial(layers._gradient, portable)
-    ), portable
+ADDED = (
+    layers.differentiable(
+        lambda *arrays: gpu_kernels.add_and_norm(*arrays), partial(layers._gradient, layers._portable_add_and_norm)
+    ),
+    layers._portable_add_and_norm,
+)
 
 
 def values(seed: int, *shape: int, dtype: str = "bfloat16") -> jax.Array:
@@ -49,7 +51,7 @@ def assert_equal_but_for_one_rounding(made, expected):
 
 def streams(rows: list[int], heads: int, normed: bool, batch: int = 2, head_size: int = 64):
     return tuple(
-        (
+        Projected(
             values(index, batch, count, 3 * heads * head_size),
             (1 + values(index + 10, head_size) / 5, 1 + values(index + 20, head_size) / 5) if normed else None,
         )
@@ -66,15 +68,30 @@ def test_heads_are_joined_as_by_the_portable_twin(image, context, heads, normed)
     assert_equal_but_for_one_rounding(kernel(arrays), portable(arrays))
 
 
+def residual_sum(seed: int, tokens: int, size: int, gates: tuple[int, ...], batch: int = 2):
+    updates = tuple(values(seed + index + 1, batch, tokens, size) for index in range(len(gates)))
+    return ResidualSum(values(seed, batch, tokens, size), updates, values(seed + 9, batch, 9 * size), gates)
+
+
+def norms(seed: int, size: int, *places: tuple[int, int], batch: int = 2):
+    return Norms(values(seed, batch, 6 * size), places)
+
+
 @pytest.mark.parametrize(
-    "tokens, size, gates, norms",
-    [(7, 192, (2, 8), ((3, 4),)), (4, 64, (), ((0, 1), (6, 7))), (9, 128, (5,), ()), (1, 1536, (2,), ((3, 4),))],
+    "tokens, size, gates, places",
+    [(7, 192, (2, 8), ((3, 4),)), (4, 64, (), ((0, 1), (4, 5))), (9, 128, (5,), ()), (1, 1536, (2,), ((3, 4),))],
 )
-def test_residual_sums_are_normed_as_by_the_portable_twin(tokens, size, gates, norms):
-    x, vectors = values(0, 2, tokens, size), values(9, 2, 9 * size)
-    updates = [values(index + 1, 2, tokens, size) for index in range(len(gates))]
-    kernel, portable = added(gates, norms)
-    assert_equal_but_for_one_rounding(kernel(x, updates, vectors), portable(x, updates, vectors))
+def test_residual_sums_are_normed_as_by_the_portable_twin(tokens, size, gates, places):
+    arrays = [residual_sum(0, tokens, size, gates)], [norms(30, size, *places)]
+    kernel, portable = ADDED
+    assert_equal_but_for_one_rounding(kernel(*arrays), portable(*arrays))
+
+
+def test_streams_of_different_sums_and_norms_are_served_together():
+    sums = [residual_sum(0, 13, 192, (2, 8)), residual_sum(20, 6, 192, ()), ResidualSum(values(50, 2, 3, 192))]
+    own = [norms(30, 192, (3, 4)), norms(31, 192, (0, 1), (4, 5)), norms(32, 192, (2, 0))]
+    kernel, portable = ADDED
+    assert_equal_but_for_one_rounding(kernel(sums, own), portable(sums, own))
 
 
 def test_gradients_are_those_of_the_portable_twins():
@@ -87,7 +104,7 @@ def test_gradients_are_those_of_the_portable_twins():
     arrays = streams([5, 3], 2, True)
     assert_equal_but_for_one_rounding(jax.grad(loss(kernel))(arrays), jax.grad(loss(portable))(arrays))
 
-    kernel, portable = added((2,), ((0, 1),))
-    arrays = values(0, 2, 5, 64), [values(1, 2, 5, 64)], values(2, 2, 6 * 64)
-    every = (0, 1, 2)
-    assert_equal_but_for_one_rounding(jax.grad(loss(kernel), every)(*arrays), jax.grad(loss(portable), every)(*arrays))
+    kernel, portable = ADDED
+    arrays = [residual_sum(0, 5, 64, (2,)), residual_sum(20, 3, 64, ())], [norms(30, 64, (0, 1)), norms(31, 64, (1, 2))]
+    both = (0, 1)
+    assert_equal_but_for_one_rounding(jax.grad(loss(kernel), both)(*arrays), jax.grad(loss(portable), both)(*arrays))

@@ -1,0 +1,38 @@
+"""What the layers of an MMDiT's block hand to one another for each of its streams."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+
+class Projected(NamedTuple):
+    """A stream's share of an attention: a fused projection of queries, keys and values, and the scales of the RMS norms
+    of its queries and keys, if it has them."""
+
+    qkv: Float[Array, "b t c3"]
+    scales: tuple[Float[Array, " d"], Float[Array, " d"]] | None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x", "updates", "vectors"], meta_fields=["gates"])
+@dataclass(frozen=True)
+class ResidualSum:
+    """A stream as a sum that is not taken yet: `x` plus each update times its gate. Gates are named by their place
+    among `vectors`, the conditioning's vectors side by side."""
+
+    x: Float[Array, "b t c"]
+    updates: tuple[Float[Array, "b t c"], ...] = ()
+    vectors: Float[Array, "b v"] | None = None
+    gates: tuple[int, ...] = ()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["places"])
+@dataclass(frozen=True)
+class Norms:
+    """Adaptive layer norms (DiT, arXiv 2212.09748, section 3.2) of one input: the places of shift and scale of each
+    among `vectors`, the conditioning's vectors side by side."""
+
+    vectors: Float[Array, "b v"] | None = None
+    places: tuple[tuple[int, int], ...] = ()
