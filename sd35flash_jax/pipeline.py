@@ -270,8 +270,9 @@ class FlashPipeline:
                     start(encode_tokens.lower(encoders, tokens, **options))
                 prepared = sampling.modulations.lower(transformer, timesteps, pooled)
                 start(prepared)
-                modulation = jax.tree.map(lambda out: placed(out.shape, out.dtype), prepared.out_info[0])
-                start(sampling.add_velocity.lower(transformer, latents, modulation, context, weight, latents))
+                modulation = jax.tree.map(lambda out: placed(out.shape, out.dtype), prepared.out_info)
+                first = jax.ShapeDtypeStruct((), np.int32)
+                start(sampling.add_velocity.lower(transformer, latents, modulation, first, context, weight, latents))
                 start(_decode.lower(vae, latents))
             waiting = as_completed(compiling)
             # On the second line: weights may be loading on the first.

@@ -8,13 +8,12 @@ What recompiles is a new batch, height, width, token count or dtype.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.kept_programs import kept
@@ -33,10 +32,9 @@ with contextlib.suppress(ValueError):  # Registered already, where this module i
 @kept
 def modulations(
     transformer: Frozen[MMDiT], timesteps: Float[Array, "steps b"], pooled: Float[Array, "b p"]
-) -> tuple[Modulation, ...]:
-    """`MMDiT.modulate` at each of `STEPS_MODULATED` timesteps in [0, 1000]."""
-    together = jax.vmap(transformer.module.modulate, in_axes=(0, None))(timesteps, pooled)
-    return tuple(jax.tree.map(itemgetter(step), together) for step in range(STEPS_MODULATED))
+) -> Modulation:
+    """`MMDiT.modulate` at each of `STEPS_MODULATED` timesteps in [0, 1000], a step's rows after another's."""
+    return transformer.module.modulate(timesteps.reshape(-1), jnp.tile(pooled, (len(timesteps), 1)))
 
 
 @jax.jit
@@ -45,12 +43,14 @@ def add_velocity(
     transformer: Frozen[MMDiT],
     latents: Float[Array, "b h w c"],
     modulation: Modulation,
+    first: Int[Array, ""],
     context: Float[Array, "b t c"],
     weight: Float[Array, ""],
     total: Float[Array, "b h w c"],
 ) -> Float[Array, "b h w c"]:
-    """`total + weight * velocity`, float32: one evaluation of the transformer."""
-    return total + weight * transformer.module.predict(latents, context, modulation).astype(jnp.float32)
+    """`total + weight * velocity`, float32: one evaluation of the transformer, with the rows of a modulation from
+    `first` on."""
+    return total + weight * transformer.module.predict(latents, context, modulation, first).astype(jnp.float32)
 
 
 @jax.jit
@@ -84,9 +84,9 @@ def denoise(
     latents = noise
     for change, vectors in zip(np.diff(sigmas), prepared):
         total = latents
-        for (given, weight), modulation in zip(terms, vectors):
+        for (given, weight), (modulation, first) in zip(terms, vectors):
             scale = np.float32(weight * change)
-            total = add_velocity(transformer, latents, modulation, given.context, scale, total)
+            total = add_velocity(transformer, latents, modulation, first, given.context, scale, total)
         latents = total
         if on_step is not None:
             latents.block_until_ready()
@@ -96,9 +96,10 @@ def denoise(
 
 def _by_step(
     transformer: Frozen[MMDiT], sigmas: Float[np.ndarray, " steps"], pooled: Float[Array, "b p"]
-) -> Iterator[Modulation]:
-    """Each step's modulation; steps beyond the last fill the last group up."""
+) -> Iterator[tuple[Modulation, np.int32]]:
+    """For each step a modulation and its first row there; steps beyond the last fill the last group up."""
     filled = np.pad(sigmas, (0, -len(sigmas) % STEPS_MODULATED), mode="edge").astype(np.float32) * TRAIN_TIMESTEPS
     for group in filled.reshape(-1, STEPS_MODULATED):
         timesteps = np.repeat(group[:, None], len(pooled), axis=1)
-        yield from modulations(transformer, timesteps, pooled)
+        modulation = modulations(transformer, timesteps, pooled)
+        yield from ((modulation, np.int32(step * len(pooled))) for step in range(STEPS_MODULATED))

@@ -239,8 +239,8 @@ from flax import nnx
 from sd35flash_jax import compilation
 from sd35flash_jax.frozen import Frozen
 from sd35flash_jax.kept_programs import kept
-from sd35flash_jax.models.layers import add_and_norm, joined_heads, joint_attention
-from sd35flash_jax.models.streams import Norms, Projected, ResidualSum
+from sd35flash_jax.models.layers import add_and_norm, joint_attention
+from sd35flash_jax.models.streams import Norms, Projected, ResidualSum, Vectors
 compilation.configure()
 jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
 
@@ -248,9 +248,9 @@ jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
 @kept
 def mix(layer, x):
     print("traced")
-    [(_, [normed])] = add_and_norm([ResidualSum(x)], [Norms(jnp.ones((1, 128), x.dtype), ((0, 1),))])
-    joined = joined_heads([Projected(layer.module(normed), (jnp.ones(64), jnp.ones(64)))], 2)
-    return joint_attention(*joined, (128,), 128)[0]
+    vectors = Vectors(jnp.ones((1, 128), x.dtype), jnp.int32(0))
+    [(_, [normed])] = add_and_norm([ResidualSum(x)], [Norms(vectors, ((0, 1),))])
+    return joint_attention([Projected(layer.module(normed), (jnp.ones(64), jnp.ones(64)))], 2, 128)[0]
 
 layer = nnx.Linear(64, 384, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 x = jax.random.normal(jax.random.key(0), (1, 128, 64), jnp.bfloat16)

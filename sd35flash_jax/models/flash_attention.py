@@ -8,7 +8,7 @@ starting theirs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -43,30 +43,32 @@ _SWIZZLED = (plgpu.TilingTransform((8, _HEAD_SIZE)), plgpu.SwizzleTransform(2 * 
 _SWIZZLED_OPERAND = 1 << 62 | 8 * 2 * _HEAD_SIZE >> 4 << 32 | 1 << 16
 
 
-@partial(jax.jit, static_argnames=("rows", "keys", "scale", "multiprocessors"))
+@partial(jax.jit, static_argnames=("keys", "multiprocessors"))
 def flash_attention(
     query: Float[Array, "b t n d"],
     key: Float[Array, "b s n d"],
-    value: Float[Array, "b s n d"],
-    rows: tuple[int, ...],
+    projections: Sequence[Float[Array, "b r c3"]],
     keys: int,
-    scale: float,
     multiprocessors: int,
 ) -> list[Float[Array, "b r c"]]:
-    """Softmax attention to the first `keys` rows of `key` and `value`, all of them bfloat16; softmax and sums are
-    float32. Later rows may hold anything finite. Heads are merged on return, and so many `rows` of the result after one
-    another are an array each.
+    """Softmax attention to the first `keys` rows of streams that follow one another, all of them bfloat16; softmax and
+    sums are float32. Later rows may hold anything finite. Values are read out of the streams' fused projections of
+    queries, keys and values, where they are; queries and keys have been normed and joined. Heads are merged on return,
+    an array for each stream.
 
     Heads have 64 features. Numbers of tokens are multiples of 8, the rows of a tile that the hardware copies, those of
-    all arrays of the result but the last multiples of 64, which a warpgroup serves."""
+    all streams but the last multiples of 64, which a warpgroup serves."""
     batch, tokens, heads, head_size = query.shape
     tall, most, least, blocks = _blocks_of_rows(tokens, batch * heads, multiprocessors)
+    rows = [projection.shape[1] for projection in projections]
+    starts = list(accumulate(rows, initial=0))
     steps = pl.cdiv(keys, _KEYS)
     in_first = keys - (steps - 1) * _KEYS
-    to_powers_of_two = scale * math.log2(math.e)
+    to_powers_of_two = _HEAD_SIZE**-0.5 * math.log2(math.e)
 
-    def kernel(query_ref, key_ref, value_ref, *refs):
-        out_refs, (queries, fetched_keys, fetched_values, *arrivals) = refs[: len(rows)], refs[len(rows) :]
+    def kernel(query_ref, key_ref, *refs):
+        value_refs, out_refs = refs[: len(rows)], refs[len(rows) : 2 * len(rows)]
+        queries, fetched_keys, fetched_values, *arrivals = refs[2 * len(rows) :]
         queries_there, keys_there, values_there = arrivals
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         image, head = lax.div(lax.axis_index("head"), heads), lax.rem(lax.axis_index("head"), heads)
@@ -74,20 +76,31 @@ def flash_attention(
         before = jnp.minimum(block, tall) * most + jnp.maximum(block - tall, 0) * least
         everyone = (warpgroups + 1) * _THREADS
 
+        def in_its_stream(row, copy):
+            """Copy the rows of a warpgroup, from a row of all streams on, from or to the stream that has them."""
+            for stream, start in enumerate(starts[:-1]):
+                is_before_next = row < starts[stream + 1] if stream + 1 < len(rows) else True
+                pl.when((row >= start) & is_before_next)(partial(copy, stream, pl.ds(row - start, _ROWS)))
+
         @pl.when(warpgroup == _WARPGROUPS)
         def fetch():
             plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
 
+            def fetch_values(target, there, stream, place):
+                source = value_refs[stream].at[image, place, 2 * heads + head]
+                plgpu.copy_gmem_to_smem(source, target, there)
+
             @pl.loop(0, steps)
             def step(index):
                 # From the last keys on, which may be fewer: rows beyond the end of an array arrive as zeros.
-                place, slot = pl.ds((steps - 1 - index) * _KEYS, _KEYS), lax.rem(index, _STAGES)
-                for source, target, there, free in (
-                    (key_ref, fetched_keys, keys_there, _KEY_FREE),
-                    (value_ref, fetched_values, values_there, _VALUE_FREE),
-                ):
-                    pl.when(index >= _STAGES)(partial(_barrier, "sync", free + slot, everyone))
-                    plgpu.copy_gmem_to_smem(source.at[image, place, head], target.at[slot], there.at[slot])
+                row, slot = (steps - 1 - index) * _KEYS, lax.rem(index, _STAGES)
+                pl.when(index >= _STAGES)(partial(_barrier, "sync", _KEY_FREE + slot, everyone))
+                source = key_ref.at[image, pl.ds(row, _KEYS), head]
+                plgpu.copy_gmem_to_smem(source, fetched_keys.at[slot], keys_there.at[slot])
+                pl.when(index >= _STAGES)(partial(_barrier, "sync", _VALUE_FREE + slot, everyone))
+                for part in range(0, _KEYS, _ROWS):
+                    target = fetched_values.at[slot, pl.ds(part, _ROWS)]
+                    in_its_stream(row + part, partial(fetch_values, target, values_there.at[slot]))
 
         @pl.when(warpgroup < warpgroups)
         def attend():
@@ -152,16 +165,15 @@ def flash_attention(
                 total = plgpu.wgmma_accumulator_load(out, wait_n=0)
                 return total * _by_row(1 / sums.sum(axis=1), total)
 
-            def write(out_ref, row):
-                plgpu.copy_smem_to_gmem(queries.at[warpgroup], out_ref.at[image, pl.ds(row, _ROWS), head])
+            def write(stream, place):
+                plgpu.copy_smem_to_gmem(queries.at[warpgroup], out_refs[stream].at[image, place, head])
 
             pl.when(warpgroup == warpgroups - 1)(end_turn)  # The first turn is the first warpgroup's.
             mixed = pl.run_scoped(mix, plgpu.ACC((_ROWS, head_size), jnp.float32))
             pl.when(warpgroup == 0)(begin_turn)  # The last turn, which nobody takes.
             queries[warpgroup] = mixed.astype(query.dtype)
             plgpu.commit_smem()
-            for out_ref, count, start in zip(out_refs, rows, accumulate(rows, initial=0)):
-                pl.when((row >= start) & (row < start + count))(partial(write, out_ref, row - start))
+            in_its_stream(row, write)
             plgpu.wait_smem_to_gmem(0)
 
     def shared(*shape: int) -> Any:
@@ -176,7 +188,7 @@ def flash_attention(
             shared(_STAGES, _KEYS),
             plgpu.Barrier(num_barriers=_WARPGROUPS),
             plgpu.Barrier(num_barriers=_STAGES),
-            plgpu.Barrier(num_barriers=_STAGES),
+            plgpu.Barrier(num_barriers=_STAGES, num_arrivals=_KEYS // _ROWS),
         ],
         grid=(blocks, batch * heads),
         grid_names=("block", "head"),
@@ -186,7 +198,8 @@ def flash_attention(
         # The barriers are all here already.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return [mixed.reshape(*mixed.shape[:2], -1) for mixed in run(query, key, value)]
+    in_heads = [projection.reshape(*projection.shape[:2], 3 * heads, head_size) for projection in projections]
+    return [mixed.reshape(*mixed.shape[:2], -1) for mixed in run(query, key, *in_heads)]
 
 
 def _blocks_of_rows(tokens: int, heads: int, multiprocessors: int) -> tuple[int, int, int, int]:

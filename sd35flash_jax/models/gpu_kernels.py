@@ -22,13 +22,16 @@ _ROWS = 16
 _NORM_ROWS = 4
 
 
-@partial(jax.jit, static_argnames=("heads", "interpret"))
-def join_heads(heads: int, streams: Sequence[Projected], interpret: bool = False) -> tuple[Array, Array, Array]:
-    """Queries, keys and values of all streams, in one reading and one writing of each: see `layers.joined_heads`."""
+@partial(jax.jit, static_argnames=("heads", "count", "interpret"))
+def join_heads(
+    heads: int, streams: Sequence[Projected], count: int = 3, interpret: bool = False
+) -> tuple[Float[Array, "b t n d"], ...]:
+    """The first `count` of queries, keys and values of all streams, in one reading and one writing of each: see
+    `layers.joined_heads`."""
     batch, _, width = streams[0].qkv.shape
     tokens = [stream.qkv.shape[1] for stream in streams]
     rows = sum(tokens)
-    blocks = [pl.cdiv(count, _ROWS) for count in tokens]
+    blocks = [pl.cdiv(own_tokens, _ROWS) for own_tokens in tokens]
     size = width // 3
     head_size = size // heads
     heads_at_once = next(count for count in (4, 2, 1) if heads % count == 0)
@@ -39,10 +42,11 @@ def join_heads(heads: int, streams: Sequence[Projected], interpret: bool = False
         image, group = pl.program_id(0), pl.program_id(2)
         columns = group * part + jnp.arange(part)
 
-        def write_rows(stream: Any, count: int, at: int, block: Array) -> None:
+        def write_rows(stream: Any, own_tokens: int, at: int, block: Array) -> None:
             own_rows = block * _ROWS + jnp.arange(_ROWS)
-            mask = jnp.broadcast_to((own_rows < count)[:, None], (_ROWS, part))
-            for third, (scale_ref, out_ref) in enumerate(zip((*(stream.scales or (None, None)), None), refs[-3:])):
+            mask = jnp.broadcast_to((own_rows < own_tokens)[:, None], (_ROWS, part))
+            scale_refs = (*(stream.scales or (None, None)), None)
+            for third, (scale_ref, out_ref) in enumerate(zip(scale_refs, refs[-count:])):
                 place = stream.qkv.at[image, own_rows[:, None], third * size + columns[None, :]]
                 x = plgpu.load(place, mask=mask, other=0.0)
                 if scale_ref is not None:
@@ -59,13 +63,12 @@ def join_heads(heads: int, streams: Sequence[Projected], interpret: bool = False
     written = pl.pallas_call(
         kernel,
         grid=(batch, sum(blocks), heads // heads_at_once),
-        out_shape=[jax.ShapeDtypeStruct((batch, rows, size), streams[0].qkv.dtype)] * 3,
+        out_shape=[jax.ShapeDtypeStruct((batch, rows, size), streams[0].qkv.dtype)] * count,
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4),
         interpret=interpret,
         name="join_heads",
     )(*arrays)
-    query, key, value = (array.reshape(batch, rows, heads, head_size) for array in written)
-    return query, key, value
+    return tuple(array.reshape(batch, rows, heads, head_size) for array in written)
 
 
 @partial(jax.jit, static_argnames="interpret")
@@ -80,13 +83,14 @@ def add_and_norm(
     blocks = [pl.cdiv(count, _NORM_ROWS) for count in tokens]
     results = [bool(each.updates) + len(own.places) for each, own in zip(sums, norms)]
     arrays, structure = jax.tree.flatten((sums, norms))
+    arrays = [array.reshape(array.shape or 1) for array in arrays]
 
     def kernel(*refs):
         image, columns = pl.program_id(0), jnp.arange(width)
         inside = columns < size
 
-        def vector(vectors_ref: Any, index: int) -> Array:
-            place = vectors_ref.at[image, index * size + columns]
+        def vector(vectors: Any, index: int) -> Array:
+            place = vectors.rows.at[vectors.first[0] + image, index * size + columns]
             return plgpu.load(place, mask=inside, other=0.0).astype(jnp.float32)[None, :]
 
         def write_rows(terms: ResidualSum, own: Norms, count: int, out_refs: list[Any], block: Array) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from sd35flash_jax.models.streams import Norms, Projected, ResidualSum
+from sd35flash_jax.models.streams import Norms, Projected, ResidualSum, Vectors
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -53,47 +53,57 @@ def attention(
 ) -> Float[Array, "b t c"]:
     """Softmax attention with heads merged on return; `scale` is 1/sqrt(d) unless given.
 
-    Without bias and mask, a kernel of our own serves bfloat16 operands with heads of 64 on a Hopper GPU, and
-    `_attention_by_heads` everything on a CPU. On NVIDIA GPUs cuDNN's flash kernel serves other bfloat16 operands
-    without bias and with heads of up to 128; all else takes XLA's own attention.
+    On a CPU `_attention_by_heads` serves what has neither bias nor mask. On NVIDIA GPUs cuDNN's flash kernel serves
+    bfloat16 operands without bias and with heads of up to 128; all else takes XLA's own attention.
     """
-    if bias is None and not causal:
-        return joint_attention(query, key, value, (query.shape[1],), key.shape[1], scale)[0]
+    if bias is None and not causal and jax.default_backend() == "cpu" and _for_one_device():
+        return _attention_by_heads(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
     return _library_attention(query, key, value, scale, bias, causal)
 
 
-def joint_attention(
-    query: Float[Array, "b t n d"],
-    key: Float[Array, "b s n d"],
-    value: Float[Array, "b s n d"],
-    rows: tuple[int, ...],
-    keys: int,
-    scale: float | None = None,
-) -> list[Float[Array, "b r c"]]:
-    """`attention` without bias and mask, of streams that follow one another: so many `rows` of the result after one
-    another are an array each, and the first `keys` rows can be attended to."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    is_for_cpu = jax.default_backend() == "cpu" and _for_one_device()
-    whole = _attention_by_heads if is_for_cpu else _library_attention
+def joint_attention(streams: Sequence[Projected], heads: int, keys: int) -> list[Float[Array, "b t c"]]:
+    """Attention of streams that follow one another on the token axis, of which the first `keys` rows are attended to;
+    each stream gets an array of its own. Queries and keys of a stream with scales are RMS-normed by head.
 
-    def portable(query: Array, key: Array, value: Array) -> list[Array]:
-        mixed = whole(query, key[:, :keys], value[:, :keys], scale)
-        return jnp.split(mixed, list(accumulate(rows))[:-1], axis=1)
+    On a Hopper GPU kernels of our own serve bfloat16 operands with heads of 64.
+    """
+    if not _on_one_hopper():
+        return _portable_joint_attention(heads, keys, streams)
+    return _on_hopper(
+        partial(_joint_attention, heads, keys), partial(_portable_joint_attention, heads, keys), tuple(streams)
+    )
 
-    if not _on_one_hopper() or not _suits_flash_attention(query, key, rows):
-        return portable(query, key, value)
-    # Imported here because it takes a fifth of a second.
+
+def _joint_attention(heads: int, keys: int, streams: Sequence[Projected]) -> list[Array]:
+    # Imported where a kernel is traced: Pallas takes an eighth of a second, and Mosaic a fifth.
+    from sd35flash_jax.models import gpu_kernels
+
+    rows, head_size = _rows_of(streams), streams[0].qkv.shape[-1] // (3 * heads)
+    aligned = sum(rows) % 8 == 0 and all(count % 64 == 0 for count in rows[:-1])
+    if not aligned or head_size != 64 or streams[0].qkv.dtype != jnp.bfloat16:
+        query, key, value = gpu_kernels.join_heads(heads, streams)
+        return _by_stream(_library_attention(query, key[:, :keys], value[:, :keys], None), rows)
     from sd35flash_jax.models.flash_attention import flash_attention
 
-    multiprocessors = jax.devices()[0].core_count
-    kernel = partial(flash_attention, rows=rows, keys=keys, scale=scale, multiprocessors=multiprocessors)
-    mixed: list[Array] = _on_hopper(kernel, portable, query, key, value)
+    query, key = gpu_kernels.join_heads(heads, streams, 2)
+    mixed: list[Array] = flash_attention(
+        query, key, [stream.qkv for stream in streams], keys, jax.devices()[0].core_count
+    )
     return mixed
 
 
-def _suits_flash_attention(query: Array, key: Array, rows: tuple[int, ...]) -> bool:
-    aligned = query.shape[1] % 8 == key.shape[1] % 8 == 0 and all(count % 64 == 0 for count in rows[:-1])
-    return query.dtype == jnp.bfloat16 and query.shape[-1] == 64 and aligned
+def _portable_joint_attention(heads: int, keys: int, streams: Sequence[Projected]) -> list[Array]:
+    join = partial(joined_heads, heads)
+    query, key, value = differentiable(join, partial(_gradient, join))(streams)
+    return _by_stream(attention(query, key[:, :keys], value[:, :keys]), _rows_of(streams))
+
+
+def _rows_of(streams: Sequence[Projected]) -> list[int]:
+    return [stream.qkv.shape[1] for stream in streams]
+
+
+def _by_stream(mixed: Float[Array, "b t c"], rows: Sequence[int]) -> list[Array]:
+    return jnp.split(mixed, list(accumulate(rows))[:-1], axis=1)
 
 
 def _library_attention(
@@ -196,23 +206,9 @@ def split_heads(qkv: Float[Array, "b t c3"], heads: int) -> tuple[Array, Array, 
     return query, key, value
 
 
-def joined_heads(streams: Sequence[Projected], heads: int) -> tuple[Array, Array, Array]:
+def joined_heads(heads: int, streams: Sequence[Projected]) -> tuple[Array, Array, Array]:
     """The streams' normed queries, normed keys and values in heads, `(batch, tokens, heads, head_size)`, the streams
-    one after another on the token axis.
-
-    On a Hopper GPU a kernel of our own does it in one pass.
-    """
-    return _on_hopper(partial(_join_heads, heads), partial(_portable_joined_heads, heads), tuple(streams))
-
-
-def _join_heads(heads: int, streams: Sequence[Projected]) -> tuple[Array, Array, Array]:
-    # Imported where a kernel is traced: Pallas takes an eighth of a second.
-    from sd35flash_jax.models import gpu_kernels
-
-    return gpu_kernels.join_heads(heads, streams)
-
-
-def _portable_joined_heads(heads: int, streams: Sequence[Projected]) -> tuple[Array, Array, Array]:
+    one after another on the token axis."""
     queries, keys, values = [], [], []
     for qkv, scales in streams:
         query, key, value = split_heads(qkv, heads)
@@ -265,14 +261,16 @@ def _add_and_norm(sums: Sequence[ResidualSum], norms: Sequence[Norms]) -> list[t
 
 
 def _portable_add_and_norm(sums: Sequence[ResidualSum], norms: Sequence[Norms]) -> list[tuple[Array, list[Array]]]:
-    def each_vector(vectors: Array | None, size: int) -> list[Array]:
-        if vectors is None:
-            return []
-        return jnp.split(vectors[:, None].astype(jnp.float32), vectors.shape[-1] // size, axis=-1)
-
     def one(terms: ResidualSum, own: Norms) -> tuple[Array, list[Array]]:
-        size, dtype = terms.x.shape[-1], terms.x.dtype
-        gates, given = each_vector(terms.vectors, size), each_vector(own.vectors, size)
+        (batch, _, size), dtype = terms.x.shape, terms.x.dtype
+
+        def each(vectors: Vectors | None) -> list[Array]:
+            if vectors is None:
+                return []
+            wide = vectors.of(batch)[:, None].astype(jnp.float32)
+            return jnp.split(wide, wide.shape[-1] // size, axis=-1)
+
+        gates, given = each(terms.vectors), each(own.vectors)
         total = terms.x.astype(jnp.float32)
         for gate, update in zip(terms.gates, terms.updates):
             total = total + gates[gate] * update

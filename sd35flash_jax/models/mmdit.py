@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from sd35flash_jax.config import MMDiTConfig
 from sd35flash_jax.models.layers import (
     Model,
     add_and_norm,
-    attention,
-    joined_heads,
     joint_attention,
     linear,
     map_blocks,
@@ -27,7 +25,7 @@ from sd35flash_jax.models.layers import (
     sinusoidal_embedding,
     stack_blocks,
 )
-from sd35flash_jax.models.streams import Norms, Projected, ResidualSum
+from sd35flash_jax.models.streams import Norms, Projected, ResidualSum, Vectors
 
 SINUSOIDS = 256
 ROWS_ALIGNED = 8
@@ -110,14 +108,14 @@ class Stream(nnx.Module):
         self.feed_forward = FeedForward(size, rngs=rngs)
 
     def with_attention(
-        self, x: Float[Array, "b t c"], mixed: Float[Array, "b t c"], second_inputs: Sequence[Array], vectors: Array
+        self, x: Float[Array, "b t c"], mixed: Float[Array, "b t c"], second_inputs: Sequence[Array], vectors: Vectors
     ) -> ResidualSum:
         """Add what the joint attention brought and, of its own input, what the second attention brings."""
         updates = [self.attention.out(mixed)]
         for second_input in second_inputs:
             assert self.second_attention is not None
             projected = self.second_attention.project(second_input)
-            second = attention(*joined_heads([projected], self.second_attention.heads))
+            [second] = joint_attention([projected], self.second_attention.heads, x.shape[1])
             updates.append(self.second_attention.out(second))
         return ResidualSum(x, tuple(updates), vectors, (GATE, GATE_2)[: len(updates)])
 
@@ -137,9 +135,7 @@ class JointBlock(nnx.Module):
         """Both streams' shifts, scales and gates side by side; `condition` has passed its SiLU already."""
         return self.image.modulation(condition), self.context.modulation(condition)
 
-    def __call__(
-        self, streams: Streams, modulation: tuple[Float[Array, "b v"], Float[Array, "b v"]], context_tokens: int
-    ) -> Streams:
+    def __call__(self, streams: Streams, modulation: tuple[Vectors, Vectors], context_tokens: int) -> Streams:
         """Of the context, the first `context_tokens` rows are attended to. A block's last sums are left to be taken
         with the next one's norms."""
         halves = self.image, self.context
@@ -147,9 +143,8 @@ class JointBlock(nnx.Module):
         places = inputs[: 1 + (self.image.second_attention is not None)], inputs[:1]
         normed = add_and_norm(streams, [Norms(*each) for each in zip(modulation, places)])
         projected = [half.attention.project(first) for half, (_, [first, *_]) in zip(halves, normed)]
-        joined = joined_heads(projected, self.image.attention.heads)
-        rows = tuple(stream.x.shape[1] for stream in streams)
-        mixed = joint_attention(*joined, rows, rows[0] + context_tokens)
+        keys = streams[0].x.shape[1] + context_tokens
+        mixed = joint_attention(projected, self.image.attention.heads, keys)
 
         going_on = [half for half in halves if isinstance(half, Stream)]
         sums = [
@@ -176,6 +171,11 @@ class Modulation(NamedTuple):
     blocks: Any
     last_block: Any
     out: Float[Array, "b c2"]
+
+
+def from_row(first: Int[Array, ""] | int, modulation: Any) -> Any:
+    """The vectors of each image, given rows for several steps."""
+    return jax.tree.map(lambda rows: Vectors(rows, jnp.int32(first)), modulation)
 
 
 class MMDiT(Model):
@@ -234,21 +234,26 @@ class MMDiT(Model):
         return Modulation(dual, plain, self.last_block.modulate(condition), self.out_modulation(condition))
 
     def predict(
-        self, latents: Float[Array, "b h w 16"], context: Float[Array, "b t context"], modulation: Modulation
+        self,
+        latents: Float[Array, "b h w 16"],
+        context: Float[Array, "b t context"],
+        modulation: Modulation,
+        first: Int[Array, ""] | int = 0,
     ) -> Float[Array, "b h w 16"]:
-        """The velocity, given what `modulate` made of timestep and pooled text."""
+        """The velocity, given what `modulate` made of timestep and pooled text: of rows for several steps one after
+        another, those from row `first` on."""
         streams, tokens = self.embed(latents, context), context.shape[1]
 
         def run(pass_on: Callable[[Streams], Streams], block: JointBlock, streams: Streams, vectors: Any) -> Streams:
-            return pass_on(block(streams, vectors, tokens))
+            return pass_on(block(streams, from_row(first, vectors), tokens))
 
         for blocks, vectors in self.stacks(modulation):
             # What the loop over a stack carries is kept for a gradient, once for each block.
             pass_on = tuple if isinstance(blocks, nnx.List) else taken
             streams = scan_blocks(blocks, streams, partial(run, pass_on), vectors)
-        image, *_ = self.last_block(streams, modulation.last_block, tokens)
+        image, *_ = self.last_block(streams, from_row(first, modulation.last_block), tokens)
 
-        [(_, [normed])] = add_and_norm([image], [Norms(modulation.out, ((SHIFT, SCALE),))])
+        [(_, [normed])] = add_and_norm([image], [Norms(from_row(first, modulation.out), ((SHIFT, SCALE),))])
         return self.unpatchify(self.out(normed), *latents.shape[1:3])
 
     def image_streams(
@@ -260,13 +265,13 @@ class MMDiT(Model):
 
         def run(streams: Streams, layer: tuple[JointBlock, Any]) -> tuple[Streams, Array]:
             block, vectors = layer
-            streams = taken(block(streams, vectors, tokens))
+            streams = taken(block(streams, from_row(0, vectors), tokens))
             return streams, streams[0].x
 
         for stack in self.stacks(modulation):
             streams, after = jax.lax.scan(run, streams, stack)
             images += list(after)
-        return [*images, taken(self.last_block(streams, modulation.last_block, tokens))[0].x]
+        return [*images, taken(self.last_block(streams, from_row(0, modulation.last_block), tokens))[0].x]
 
     def embed(self, latents: Float[Array, "b h w 16"], context: Float[Array, "b t context"]) -> Streams:
         """Both streams as they enter the first block. The context gets rows that nothing attends to, lest matrix

@@ -7,6 +7,7 @@ import pytest
 
 from sd35flash_jax.models import layers
 from sd35flash_jax.models.layers import attention, joint_attention
+from sd35flash_jax.models.streams import Projected
 
 
 def literal_attention(query, key, value, causal=False, scale=None):
@@ -36,8 +37,9 @@ def test_attention_is_the_softmax_weighted_mean_of_the_values(causal, scale):
 
 def test_joint_attention_gives_each_stream_its_rows_and_leaves_out_keys_beyond_those_named():
     query, key, value = operands(9)
+    together = jnp.stack([query, key, value], axis=2).reshape(2, 9, -1)
     with jax.default_matmul_precision("highest"):
-        parts = joint_attention(query, key, value, (2, 7), 5)
+        parts = joint_attention([Projected(together[:, :2], None), Projected(together[:, 2:], None)], 3, 5)
     assert [part.shape[1] for part in parts] == [2, 7]
     expected = literal_attention(query, key[:, :5], value[:, :5])
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-5)
