@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-_WARPS = 4
+_WARPS = 8
 # Numbers of which a program's threads load 16 bytes each, and so many such loads on their way at a time.
 _NUMBERS = _WARPS * 32 * 8
 _LOADS = 8
@@ -55,6 +55,7 @@ def statistics(
     pixels = height * width
     rows, own = _rows(channels), _pixels_of_a_program(pixels, channels)
     programs = pl.cdiv(pixels, own)
+    within = pixels if pixels % own else None
 
     def sums_of_runs(x_ref, *refs):
         update_refs, out_ref, total_ref = refs[: len(updates)], refs[len(updates)], refs[-1]
@@ -71,13 +72,15 @@ def statistics(
         near = read((first, columns)).astype(jnp.float32)[None]
 
         def step(index, sums):
-            places = [_place(first, index * _LOADS + load, rows, columns, pixels) for load in range(_LOADS)]
+            places = [_place(first, index * _LOADS + load, rows, columns, within) for load in range(_LOADS)]
             tiles = [read(place, mask) for place, mask in places]
             total, squares = sums
             for tile, (place, mask) in zip(tiles, places):
                 if updates:
                     plgpu.store(total_ref.at[image, *place], tile, mask=mask)
-                difference = jnp.where(mask, tile.astype(jnp.float32) - near, 0.0)
+                difference = tile.astype(jnp.float32) - near
+                if mask is not None:
+                    difference = jnp.where(mask, difference, 0.0)
                 total, squares = total + difference, squares + difference * difference
             return total, squares
 
@@ -163,6 +166,7 @@ def normalised(
     pixels = height * width
     rows, own = _rows(channels), _pixels_of_a_program(pixels, channels)
     steps = own // (_LOADS * rows)
+    within = pixels if pixels % own else None
 
     def normalise(x_ref, factors_ref, out_ref):
         image, first, columns = pl.program_id(0), pl.program_id(1) * own, jnp.arange(channels)
@@ -171,7 +175,7 @@ def normalised(
         def step(index, _):
             # Backwards: what the statistics read last may still be in the cache.
             last = (steps - 1 - index) * _LOADS
-            places = [_place(first, last + load, rows, columns, pixels) for load in range(_LOADS)]
+            places = [_place(first, last + load, rows, columns, within) for load in range(_LOADS)]
             tiles = [plgpu.load(x_ref.at[image, *place], mask=mask) for place, mask in places]
             for tile, (place, mask) in zip(tiles, places):
                 normed = activation(tile.astype(jnp.float32) * multiplier + offset)
@@ -201,7 +205,11 @@ def _pixels_of_a_program(pixels: int, channels: int) -> int:
     return pl.cdiv(pl.cdiv(pixels, in_a_step), _PROGRAMS) * in_a_step
 
 
-def _place(first: Array, tile: Array, rows: int, columns: Array, pixels: int) -> tuple[tuple[Array, Array], Array]:
-    """Indices of a tile of so many rows of pixels, and which of them are within the image."""
+def _place(
+    first: Array, tile: Array, rows: int, columns: Array, within: int | None
+) -> tuple[tuple[Array, Array], Array | None]:
+    """Indices of a tile of so many rows of pixels, and which of them are within the image's pixels, where not all are:
+    loads without a mask overlap more."""
     own = first + tile * rows + jnp.arange(rows)
-    return (own[:, None], columns[None]), jnp.broadcast_to((own < pixels)[:, None], (rows, len(columns)))
+    mask = None if within is None else jnp.broadcast_to((own < within)[:, None], (rows, len(columns)))
+    return (own[:, None], columns[None]), mask
