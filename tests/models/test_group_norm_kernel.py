@@ -60,6 +60,16 @@ def test_no_digits_are_lost_where_the_first_pixels_are_unlike_the_others(interpr
     assert_equal_but_for_one_rounding(made, layers._portable_group_norm(32, x, scale, bias))
 
 
+@pytest.mark.parametrize("shape", [(2, 13, 7, 64), (1, 128, 64, 128)])
+def test_a_residual_sum_is_normed_and_activated_as_by_the_portable_twin(shape, interpret):
+    (x, scale, bias), y = operands(*shape), image(*shape, seed=3)
+    total, factors = group_norm.statistics(32, x, (y,), scale, bias, interpret=interpret)
+    made = group_norm.normalised(total, factors, jax.nn.silu, interpret=interpret)
+    np.testing.assert_array_equal(np.asarray(total), np.asarray(x + y))
+    expected = jax.nn.silu(layers._portable_group_norm(32, total.astype(jnp.float32), scale, bias))
+    assert_equal_but_for_one_rounding(made, expected.astype(jnp.bfloat16))
+
+
 def test_the_gradient_is_that_of_the_portable_twin(interpret):
     portable = partial(layers._portable_group_norm, 32)
     kernel = partial(group_norm.group_norm, 32, interpret=interpret)
