@@ -258,6 +258,7 @@ mixed = mix(Frozen(layer, "layer"), x)
 print(float(jnp.abs(mixed - mix(Frozen(layer), x)).max()))
 """
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # This process may have most of the memory already.
     for traced in (["traced", "traced", "0.0"], ["traced", "0.0"]):
         run = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
