@@ -290,54 +290,6 @@ def adaptive_layer_norm(
     return (normed * (1 + scale.astype(jnp.float32)) + shift).astype(x.dtype)
 
 
-def group_norm(
-    x: Float[Array, "b h w c"], scale: Float[Array, " c"], bias: Float[Array, " c"], groups: int
-) -> Float[Array, "b h w c"]:
-    """Group norm (arXiv 1803.08494) in float32, rounded to the dtype of `x` once.
-
-    On a Hopper GPU kernels of our own take the statistics of bfloat16 images whose number of channels is a power of
-    two, as that of the groups is.
-    """
-    portable = partial(_portable_group_norm, groups)
-    if not _on_one_hopper() or not _suits_group_norm(x, groups):
-        return portable(x, scale, bias)
-    normed: Array = _on_hopper(partial(_group_norm, groups), portable, x, scale, bias)
-    return normed
-
-
-def _suits_group_norm(x: Array, groups: int) -> bool:
-    channels = x.shape[-1]
-    are_powers_of_two = channels.bit_count() == groups.bit_count() == 1
-    return x.dtype == jnp.bfloat16 and are_powers_of_two and groups <= channels <= 1024
-
-
-def _group_norm(groups: int, x: Array, scale: Array, bias: Array) -> Array:
-    from sd35flash_jax.models import group_norm
-
-    return group_norm.group_norm(groups, x, scale, bias)
-
-
-def _portable_group_norm(groups: int, x: Array, scale: Array, bias: Array) -> Array:
-    """Its statistics take one reading of the image: sums over the pixels for each channel, of the difference to the
-    mean of the first row of pixels and of its square. Taken from a value near the mean, the variance loses no digits;
-    `nnx.GroupNorm` reads twice, or takes it from zero."""
-    by_group = partial(_mean_of_group, groups)
-    wide = x.astype(jnp.float32)
-    near = by_group(wide[:, :1].mean(axis=(1, 2), keepdims=True))
-    difference = wide - near
-    offset = by_group(difference.mean(axis=(1, 2), keepdims=True))
-    variance = by_group(jnp.square(difference).mean(axis=(1, 2), keepdims=True)) - jnp.square(offset)
-    multiplier = jax.lax.rsqrt(variance + 1e-6) * scale.astype(jnp.float32)
-    return ((difference - offset) * multiplier + bias.astype(jnp.float32)).astype(x.dtype)
-
-
-def _mean_of_group(groups: int, means: Float[Array, "b 1 1 c"]) -> Float[Array, "b 1 1 c"]:
-    """Each channel's mean replaced by that of its group."""
-    channels = means.shape[-1]
-    grouped = means.reshape(-1, 1, 1, groups, channels // groups).mean(axis=-1)
-    return grouped.repeat(channels // groups, axis=-1)
-
-
 def sinusoidal_embedding(timestep: Num[Array, " b"], size: int, max_period: float = 10_000.0) -> Float[Array, "b c"]:
     """Sinusoids of a timestep in [0, 1000], cosines first, in float32: `(batch, size)`."""
     half = size // 2
