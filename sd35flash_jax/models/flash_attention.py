@@ -25,6 +25,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float
 
+from sd35flash_jax.models.streams import Projected
+
 _ROWS = 64
 _WARPGROUPS = 3
 _KEYS = 128
@@ -45,30 +47,28 @@ _SWIZZLED_OPERAND = 1 << 62 | 8 * 2 * _HEAD_SIZE >> 4 << 32 | 1 << 16
 
 @partial(jax.jit, static_argnames=("keys", "multiprocessors"))
 def flash_attention(
-    query: Float[Array, "b t n d"],
-    key: Float[Array, "b s n d"],
-    projections: Sequence[Float[Array, "b r c3"]],
-    keys: int,
-    multiprocessors: int,
+    key: Float[Array, "b t n d"], streams: Sequence[Projected], keys: int, multiprocessors: int
 ) -> list[Float[Array, "b r c"]]:
     """Softmax attention to the first `keys` rows of streams that follow one another, all of them bfloat16; softmax and
-    sums are float32. Later rows may hold anything finite. Values are read out of the streams' fused projections of
-    queries, keys and values, where they are; queries and keys have been normed and joined. Heads are merged on return,
-    an array for each stream.
+    sums are float32. Later rows may hold anything finite. Queries and values are read out of the streams' projections,
+    where they are, and queries are RMS-normed on their way; the keys of all streams have been normed and joined. Heads
+    are merged on return, an array for each stream.
 
     Heads have 64 features. Numbers of tokens are multiples of 8, the rows of a tile that the hardware copies, those of
     all streams but the last multiples of 64, which a warpgroup serves."""
-    batch, tokens, heads, head_size = query.shape
+    batch, tokens, heads, head_size = key.shape
     tall, most, least, blocks = _blocks_of_rows(tokens, batch * heads, multiprocessors)
-    rows = [projection.shape[1] for projection in projections]
+    rows = [stream.qkv.shape[1] for stream in streams]
+    scales = [stream.scales[0] for stream in streams if stream.scales is not None]
     starts = list(accumulate(rows, initial=0))
     steps = pl.cdiv(keys, _KEYS)
     in_first = keys - (steps - 1) * _KEYS
     to_powers_of_two = _HEAD_SIZE**-0.5 * math.log2(math.e)
 
-    def kernel(query_ref, key_ref, *refs):
-        value_refs, out_refs = refs[: len(rows)], refs[len(rows) : 2 * len(rows)]
-        queries, fetched_keys, fetched_values, *arrivals = refs[2 * len(rows) :]
+    def kernel(key_ref, *refs):
+        counts = len(rows), len(scales), len(rows)
+        projected_refs, scale_refs, out_refs, scratch = _split(refs, counts)
+        queries, fetched_keys, fetched_values, *arrivals = scratch
         queries_there, keys_there, values_there = arrivals
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         image, head = lax.div(lax.axis_index("head"), heads), lax.rem(lax.axis_index("head"), heads)
@@ -76,18 +76,19 @@ def flash_attention(
         before = jnp.minimum(block, tall) * most + jnp.maximum(block - tall, 0) * least
         everyone = (warpgroups + 1) * _THREADS
 
-        def in_its_stream(row, copy):
-            """Copy the rows of a warpgroup, from a row of all streams on, from or to the stream that has them."""
+        def in_its_stream(row, run):
+            """Run something for the rows of a warpgroup, from a row of all streams on, with the stream that has them
+            and their place there."""
             for stream, start in enumerate(starts[:-1]):
                 is_before_next = row < starts[stream + 1] if stream + 1 < len(rows) else True
-                pl.when((row >= start) & is_before_next)(partial(copy, stream, pl.ds(row - start, _ROWS)))
+                pl.when((row >= start) & is_before_next)(partial(run, stream, pl.ds(row - start, _ROWS)))
 
         @pl.when(warpgroup == _WARPGROUPS)
         def fetch():
             plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
 
             def fetch_values(target, there, stream, place):
-                source = value_refs[stream].at[image, place, 2 * heads + head]
+                source = projected_refs[stream].at[image, place, 2 * heads + head]
                 plgpu.copy_gmem_to_smem(source, target, there)
 
             @pl.loop(0, steps)
@@ -106,8 +107,21 @@ def flash_attention(
         def attend():
             plgpu.set_max_registers(_ATTEND_REGISTERS, action="increase")
             row = (before + warpgroup) * _ROWS
-            source, target = query_ref.at[image, pl.ds(row, _ROWS), head], queries.at[warpgroup]
-            plgpu.copy_gmem_to_smem(source, target, queries_there.at[warpgroup])
+            own_queries = queries.at[warpgroup]
+
+            def fetch_queries(stream, place):
+                source = projected_refs[stream].at[image, place, head]
+                plgpu.copy_gmem_to_smem(source, own_queries, queries_there.at[warpgroup])
+
+            def norm_queries(stream, _):
+                raw = plgpu.load(own_queries, (), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                inverse = lax.rsqrt((raw * raw).sum(axis=1) / head_size + 1e-6)
+                scale = plgpu.load(scale_refs[stream], (), layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                by_column = lax.broadcast_in_dim(scale.astype(jnp.float32), raw.shape, [1])
+                queries[warpgroup] = (raw * (_by_row(inverse, raw) * by_column)).astype(key.dtype)
+                plgpu.commit_smem()
+
+            in_its_stream(row, fetch_queries)
             following = jnp.where(warpgroup + 1 == warpgroups, 0, warpgroup + 1)
 
             def begin_turn():
@@ -145,9 +159,11 @@ def flash_attention(
                     so_far = plgpu.wgmma_accumulator_load(out, wait_n=0)
                     release(_VALUE_FREE, index - 1)
                     out[...] = so_far * _by_row(shrink, so_far)
-                    return highest, sums, weights.astype(query.dtype)
+                    return highest, sums, weights.astype(key.dtype)
 
                 plgpu.barrier_wait(queries_there.at[warpgroup])
+                if scales:
+                    in_its_stream(row, norm_queries)
                 logits = begin_logits(0)
                 end_turn()
                 logits = _finished(logits, but_for=0)
@@ -157,7 +173,7 @@ def flash_attention(
                     logits = jnp.where(columns < in_first, logits, -jnp.inf)
                 lowest = plgpu.layout_cast(jnp.full(_ROWS, -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
                 highest, _, weights = softmax(logits, lowest)
-                carry = highest, _folded(weights), weights.astype(query.dtype)
+                carry = highest, _folded(weights), weights.astype(key.dtype)
                 _, sums, weights = lax.fori_loop(1, steps, step, carry)
                 last_slot = (steps - 1) % _STAGES
                 plgpu.barrier_wait(values_there.at[last_slot])
@@ -171,17 +187,17 @@ def flash_attention(
             pl.when(warpgroup == warpgroups - 1)(end_turn)  # The first turn is the first warpgroup's.
             mixed = pl.run_scoped(mix, plgpu.ACC((_ROWS, head_size), jnp.float32))
             pl.when(warpgroup == 0)(begin_turn)  # The last turn, which nobody takes.
-            queries[warpgroup] = mixed.astype(query.dtype)
+            queries[warpgroup] = mixed.astype(key.dtype)
             plgpu.commit_smem()
             in_its_stream(row, write)
             plgpu.wait_smem_to_gmem(0)
 
     def shared(*shape: int) -> Any:
-        return plgpu.SMEM((*shape, _HEAD_SIZE), query.dtype, transforms=_SWIZZLED)
+        return plgpu.SMEM((*shape, _HEAD_SIZE), key.dtype, transforms=_SWIZZLED)
 
     run: Callable[..., list[Array]] = plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct((batch, count, heads, head_size), query.dtype) for count in rows],
+        out_type=[jax.ShapeDtypeStruct((batch, count, heads, head_size), key.dtype) for count in rows],
         scratch_types=[
             shared(_WARPGROUPS, _ROWS),
             shared(_STAGES, _KEYS),
@@ -198,8 +214,8 @@ def flash_attention(
         # The barriers are all here already.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    in_heads = [projection.reshape(*projection.shape[:2], 3 * heads, head_size) for projection in projections]
-    return [mixed.reshape(*mixed.shape[:2], -1) for mixed in run(query, key, *in_heads)]
+    in_heads = [stream.qkv.reshape(batch, -1, 3 * heads, head_size) for stream in streams]
+    return [mixed.reshape(batch, -1, heads * head_size) for mixed in run(key, *in_heads, *scales)]
 
 
 def _blocks_of_rows(tokens: int, heads: int, multiprocessors: int) -> tuple[int, int, int, int]:
@@ -212,6 +228,12 @@ def _blocks_of_rows(tokens: int, heads: int, multiprocessors: int) -> tuple[int,
     blocks = min(waves * multiprocessors // heads, tiles)
     least, tall = divmod(tiles, blocks)
     return tall, least + 1, least, blocks
+
+
+def _split(refs: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
+    """So many references after one another, and the rest."""
+    ends = list(accumulate(counts))
+    return [refs[start:end] for start, end in zip([0, *ends], [*ends, len(refs)])]
 
 
 def _by_row(values: Float[Array, " t"], like: Float[Array, "t c"]) -> Float[Array, "t c"]:

@@ -22,12 +22,12 @@ _ROWS = 16
 _NORM_ROWS = 4
 
 
-@partial(jax.jit, static_argnames=("heads", "count", "interpret"))
+@partial(jax.jit, static_argnames=("heads", "thirds", "interpret"))
 def join_heads(
-    heads: int, streams: Sequence[Projected], count: int = 3, interpret: bool = False
+    heads: int, streams: Sequence[Projected], thirds: tuple[int, ...], interpret: bool = False
 ) -> tuple[Float[Array, "b t n d"], ...]:
-    """The first `count` of queries, keys and values of all streams, in one reading and one writing of each: see
-    `layers.joined_heads`."""
+    """Those `thirds` of the projections that are named, out of queries, keys and values, of all streams, in one reading
+    and one writing of each: see `layers.joined_heads`."""
     batch, _, width = streams[0].qkv.shape
     tokens = [stream.qkv.shape[1] for stream in streams]
     rows = sum(tokens)
@@ -46,13 +46,13 @@ def join_heads(
             own_rows = block * _ROWS + jnp.arange(_ROWS)
             mask = jnp.broadcast_to((own_rows < own_tokens)[:, None], (_ROWS, part))
             scale_refs = (*(stream.scales or (None, None)), None)
-            for third, (scale_ref, out_ref) in enumerate(zip(scale_refs, refs[-count:])):
+            for third, out_ref in zip(thirds, refs[-len(thirds) :]):
                 place = stream.qkv.at[image, own_rows[:, None], third * size + columns[None, :]]
                 x = plgpu.load(place, mask=mask, other=0.0)
-                if scale_ref is not None:
+                if scale_refs[third] is not None:
                     wide = x.astype(jnp.float32).reshape(_ROWS * heads_at_once, head_size)
                     mean_square = jnp.sum(wide * wide, axis=-1, keepdims=True) / head_size
-                    scale = scale_ref[...].astype(jnp.float32)[None, :]
+                    scale = scale_refs[third][...].astype(jnp.float32)[None, :]
                     x = (wide * (jax.lax.rsqrt(mean_square + 1e-6) * scale)).astype(x.dtype).reshape(_ROWS, part)
                 plgpu.store(out_ref.at[image, at + own_rows[:, None], columns[None, :]], x, mask=mask)
 
@@ -63,7 +63,7 @@ def join_heads(
     written = pl.pallas_call(
         kernel,
         grid=(batch, sum(blocks), heads // heads_at_once),
-        out_shape=[jax.ShapeDtypeStruct((batch, rows, size), streams[0].qkv.dtype)] * count,
+        out_shape=[jax.ShapeDtypeStruct((batch, rows, size), streams[0].qkv.dtype)] * len(thirds),
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4),
         interpret=interpret,
         name="join_heads",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from sd35flash_jax.models.streams import Norms, Projected, ResidualSum, Vectors
+from sd35flash_jax.models.streams import KEYS, QUERIES, VALUES, Norms, Projected, ResidualSum, Vectors
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -81,14 +81,12 @@ def _joint_attention(heads: int, keys: int, streams: Sequence[Projected]) -> lis
     rows, head_size = _rows_of(streams), streams[0].qkv.shape[-1] // (3 * heads)
     aligned = sum(rows) % 8 == 0 and all(count % 64 == 0 for count in rows[:-1])
     if not aligned or head_size != 64 or streams[0].qkv.dtype != jnp.bfloat16:
-        query, key, value = gpu_kernels.join_heads(heads, streams)
+        query, key, value = gpu_kernels.join_heads(heads, streams, (QUERIES, KEYS, VALUES))
         return _by_stream(_library_attention(query, key[:, :keys], value[:, :keys], None), rows)
     from sd35flash_jax.models.flash_attention import flash_attention
 
-    query, key = gpu_kernels.join_heads(heads, streams, 2)
-    mixed: list[Array] = flash_attention(
-        query, key, [stream.qkv for stream in streams], keys, jax.devices()[0].core_count
-    )
+    [key] = gpu_kernels.join_heads(heads, streams, (KEYS,))
+    mixed: list[Array] = flash_attention(key, streams, keys, jax.devices()[0].core_count)
     return mixed
 
 

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
+QUERIES, KEYS, VALUES = range(3)
+"""The thirds of a fused projection."""
+
 
 class Projected(NamedTuple):
     """A stream's share of an attention: a fused projection of queries, keys and values, and the scales of the RMS norms

@@ -1,7 +1,7 @@
 """Our attention kernel against its portable twin, on a Hopper GPU; that it can be lowered, and how rows are shared
 out, anywhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -20,22 +20,32 @@ ON_HOPPER = jax.default_backend() == "gpu" and layers._compute_capability() == 9
 
 def projections(batch: int, rows: tuple[int, ...], heads: int) -> list[jax.Array]:
     draw = np.random.default_rng(sum(rows)).normal
-    # Queries large enough for weights that differ, and for maxima that grow from one block of keys to the next.
     size = np.repeat([4.0, 1.0, 1.0], heads * 64)
     return [jnp.asarray(draw(size=(batch, count, 3 * heads * 64)) * size, "bfloat16") for count in rows]
 
 
-def attending(attend: Callable[..., list[jax.Array]], heads: int, keys: int):
-    return jax.jit(lambda *arrays: attend([Projected(array, None) for array in arrays], heads, keys))
+def streams(arrays: Sequence[jax.Array], normed: bool) -> list[Projected]:
+    draw = np.random.default_rng(1).uniform
+    # Scales large enough for weights that differ, and for maxima that grow from one block of keys to the next.
+    scales = [tuple(jnp.asarray(draw(*bounds, 64), "bfloat16") for bounds in ((3, 5), (0.5, 1.5))) for _ in arrays]
+    return [Projected(array, own if normed else None) for array, own in zip(arrays, scales)]
 
 
-def ours(heads: int, keys: int):
-    return attending(layers.joint_attention, heads, keys)
+def attending(attend: Callable[..., list[jax.Array]], heads: int, keys: int, normed: bool):
+    return jax.jit(lambda *arrays: attend(streams(arrays, normed), heads, keys))
 
 
-def library(heads: int, keys: int):
+def ours(heads: int, keys: int, normed: bool = True):
+    return attending(layers.joint_attention, heads, keys, normed)
+
+
+def library(heads: int, keys: int, normed: bool = True):
     """The portable twin."""
-    return attending(lambda streams, heads, keys: layers._portable_joint_attention(heads, keys, streams), heads, keys)
+
+    def attend(streams: list[Projected], heads: int, keys: int) -> list[jax.Array]:
+        return layers._portable_joint_attention(heads, keys, streams)
+
+    return attending(attend, heads, keys, normed)
 
 
 def relative_error(found, wanted) -> float:
@@ -52,42 +62,42 @@ def test_every_row_has_a_warpgroup_and_no_thread_block_is_too_tall(tokens, heads
 
 @pytest.mark.parametrize("rows, keys", [((4096, 336), 4429), ((64,), 64), ((8,), 1)])
 def test_the_kernel_can_be_lowered_for_a_gpu_that_is_not_there(rows, keys):
-    joined = jax.ShapeDtypeStruct((2, sum(rows), 3, 64), "bfloat16")
-    projected = [jax.ShapeDtypeStruct((2, count, 9 * 64), "bfloat16") for count in rows]
+    key, scale = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((2, sum(rows), 3, 64), (64,)))
+    own = [Projected(jax.ShapeDtypeStruct((2, count, 9 * 64), "bfloat16"), (scale, scale)) for count in rows]
     attend = jax.jit(partial(flash_attention, keys=keys, multiprocessors=132))
-    assert "mosaic_gpu" in attend.trace(joined, joined, projected).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in attend.trace(key, own).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_layers_that_are_alike_share_one_kernel_of_a_program():
     """Making one takes longer than compiling what is around it."""
 
-    def three(query, key, projection):
+    def three(key, projection):
         for _ in range(3):
-            [mixed] = flash_attention(query, key, [projection], 61, 132)
-            query = mixed.reshape(query.shape)
-        return query
+            [mixed] = flash_attention(key, [Projected(projection, None)], 61, 132)
+            key = mixed.reshape(key.shape)
+        return key
 
-    joined, projected = (jax.ShapeDtypeStruct((1, 64, *rest), "bfloat16") for rest in ((2, 64), (6 * 64,)))
-    program = jax.jit(three).trace(joined, joined, projected).lower(lowering_platforms=("cuda",)).as_text()
+    key, projected = (jax.ShapeDtypeStruct((1, 64, *rest), "bfloat16") for rest in ((2, 64), (6 * 64,)))
+    program = jax.jit(three).trace(key, projected).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
-    "batch, rows, keys, heads",
+    "batch, rows, keys, heads, normed",
     [
-        (1, (4096, 336), 4429, 24),
-        (2, (1024,), 1024, 6),
-        (3, (200,), 193, 2),
-        (1, (8,), 1, 1),
-        (5, (64, 128, 72), 257, 38),
-        (2, (192, 64, 8), 263, 4),
+        (1, (4096, 336), 4429, 24, True),
+        (2, (1024,), 1024, 6, False),
+        (3, (200,), 193, 2, True),
+        (1, (8,), 1, 1, True),
+        (5, (64, 128, 72), 257, 38, True),
+        (2, (192, 64, 8), 263, 4, False),
     ],
 )
-def test_the_kernel_agrees_with_its_portable_twin(batch, rows, keys, heads):
+def test_the_kernel_agrees_with_its_portable_twin(batch, rows, keys, heads, normed):
     arrays = projections(batch, rows, heads)
-    attend, twin = ours(heads, keys), library(heads, keys)
+    attend, twin = ours(heads, keys, normed), library(heads, keys, normed)
     assert "mosaic_gpu" in attend.lower(*arrays).as_text()
     with jax.default_matmul_precision("highest"):
         exact = twin(*(array.astype(jnp.float32) for array in arrays))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sd35flash_jax.models import gpu_kernels, layers
-from sd35flash_jax.models.streams import Norms, Projected, ResidualSum, Vectors
+from sd35flash_jax.models.streams import KEYS, QUERIES, VALUES, Norms, Projected, ResidualSum, Vectors
 
 ON_HOPPER = jax.default_backend() == "gpu" and layers._compute_capability() == 9
 COMPILED = pytest.param(
@@ -27,7 +27,8 @@ def kernels(request, monkeypatch):
 def joined(heads: int):
     """The kernel with its gradient, and its twin."""
     portable = partial(layers.joined_heads, heads)
-    return layers.differentiable(partial(gpu_kernels.join_heads, heads), partial(layers._gradient, portable)), portable
+    kernel = partial(gpu_kernels.join_heads, heads, thirds=(QUERIES, KEYS, VALUES))
+    return layers.differentiable(kernel, partial(layers._gradient, portable)), portable
 
 
 ADDED = (
@@ -66,7 +67,7 @@ def test_heads_are_joined_as_by_the_portable_twin(image, context, heads, normed)
     arrays = streams([image, context], heads, normed)
     kernel, portable = joined(heads)
     assert_equal_but_for_one_rounding(kernel(arrays), portable(arrays))
-    assert_equal_but_for_one_rounding(gpu_kernels.join_heads(heads, arrays, 2), portable(arrays)[:2])
+    assert_equal_but_for_one_rounding(gpu_kernels.join_heads(heads, arrays, (KEYS,)), portable(arrays)[1:2])
 
 
 def residual_sum(seed: int, tokens: int, size: int, gates: tuple[int, ...], batch: int = 2):
