@@ -102,7 +102,8 @@ def test_the_kernel_agrees_with_its_portable_twin(batch, rows, keys, heads, norm
     with jax.default_matmul_precision("highest"):
         exact = twin(*(array.astype(jnp.float32) for array in arrays))
     for made, portable, wanted in zip(attend(*arrays), twin(*arrays), exact, strict=True):
-        assert relative_error(made, wanted) < 5e-3 and relative_error(portable, wanted) < 5e-3
+        error = relative_error(portable, wanted)
+        assert error < 1e-2 and relative_error(made, wanted) < 1.1 * error + 1e-4
 
 
 @pytest.mark.gpu
