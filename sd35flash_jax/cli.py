@@ -207,7 +207,6 @@ def _generate(options: argparse.Namespace) -> None:
 
     compilation.start_devices()  # They start while the rest is imported.
 
-    from conversion.lora import open_loras
     from sd35flash_jax.checkpoint import bundled_checkpoint, read_config
     from sd35flash_jax.pipeline import FlashPipeline, check_request
 
@@ -218,7 +217,10 @@ def _generate(options: argparse.Namespace) -> None:
     config = read_config(checkpoint)
     request = (options.steps, options.sigmas, options.guidance, options.height, options.width, options.seed)
     check_request(config, 1, *request)
-    open_loras(loras, config)
+    if loras:
+        from conversion.lora import open_loras
+
+        open_loras(loras, config)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise ValueError(f"{output} does not name a PNG file; end it in .png")
     if not os.access(output.absolute().parent, os.W_OK):
@@ -259,7 +261,8 @@ def _write_png(image, metadata: dict[str, str], output: Path) -> None:
         info.add_itxt(key, value)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        image.save(partial, format="PNG", pnginfo=info)
+        # The lowest level that compresses: the others take up to three times as long for a seventh of the size.
+        image.save(partial, format="PNG", pnginfo=info, compress_level=1)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
