@@ -5,7 +5,7 @@ Image patches and text tokens are two streams with parameters of their own that 
 a second attention among image tokens alone. Shapes: b batch, t tokens, h height, w width, c channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -108,12 +108,15 @@ class Stream(nnx.Module):
         self.feed_forward = FeedForward(size, rngs=rngs)
 
     def with_attention(
-        self, x: Float[Array, "b t c"], mixed: Float[Array, "b t c"], second_inputs: Sequence[Array], vectors: Vectors
+        self,
+        x: Float[Array, "b t c"],
+        mixed: Float[Array, "b t c"],
+        vectors: Vectors,
+        second_input: Float[Array, "b t c"] | None = None,
     ) -> ResidualSum:
         """Add what the joint attention brought and, of its own input, what the second attention brings."""
         updates = [self.attention.out(mixed)]
-        for second_input in second_inputs:
-            assert self.second_attention is not None
+        if self.second_attention is not None and second_input is not None:
             projected = self.second_attention.project(second_input)
             [second] = joint_attention([projected], self.second_attention.heads, x.shape[1])
             updates.append(self.second_attention.out(second))
@@ -148,8 +151,8 @@ class JointBlock(nnx.Module):
 
         going_on = [half for half in halves if isinstance(half, Stream)]
         sums = [
-            half.with_attention(x, own_mixed, seconds, vectors)
-            for half, (x, [_, *seconds]), own_mixed, vectors in zip(going_on, normed, mixed, modulation)
+            half.with_attention(x, own_mixed, vectors, *second)
+            for half, (x, [_, *second]), own_mixed, vectors in zip(going_on, normed, mixed, modulation)
         ]
         norms = [Norms(vectors, ((SHIFT_FF, SCALE_FF),)) for vectors in modulation[: len(sums)]]
         return tuple(

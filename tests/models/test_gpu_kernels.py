@@ -70,6 +70,14 @@ def test_heads_are_joined_as_by_the_portable_twin(image, context, heads, normed)
     assert_equal_but_for_one_rounding(gpu_kernels.join_heads(heads, arrays, (KEYS,)), portable(arrays)[1:2])
 
 
+def test_streams_whose_rows_the_attention_kernel_cannot_share_out_are_attended_to_by_the_library():
+    arrays = streams([37, 21], 6, True)
+    made, expected = layers._joint_attention(6, 50, arrays), layers._portable_joint_attention(6, 50, arrays)
+    assert [stream.shape for stream in made] == [(2, 37, 384), (2, 21, 384)]
+    for one, other in zip(made, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=0.02, atol=0.01)
+
+
 def residual_sum(seed: int, tokens: int, size: int, gates: tuple[int, ...], batch: int = 2):
     updates = tuple(values(seed + index + 1, batch, tokens, size) for index in range(len(gates)))
     return ResidualSum(values(seed, batch, tokens, size), updates, vectors(seed + 9, 9 * size, batch), gates)
