@@ -10,7 +10,7 @@ starting theirs.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float
 
-from sd35flash_jax.models.streams import Projected
+from sd35flash_jax.models.streams import QUERIES, VALUES, Projected
 
 _ROWS = 64
 _WARPGROUPS = 3
@@ -66,9 +66,9 @@ def flash_attention(
     to_powers_of_two = _HEAD_SIZE**-0.5 * math.log2(math.e)
 
     def kernel(key_ref, *refs):
-        counts = len(rows), len(scales), len(rows)
-        projected_refs, scale_refs, out_refs, scratch = _split(refs, counts)
-        queries, fetched_keys, fetched_values, *arrivals = scratch
+        counts, given = (len(rows), len(scales), len(rows)), iter(refs)
+        projected_refs, scale_refs, out_refs = (list(islice(given, count)) for count in counts)
+        queries, fetched_keys, fetched_values, *arrivals = given
         queries_there, keys_there, values_there = arrivals
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         image, head = lax.div(lax.axis_index("head"), heads), lax.rem(lax.axis_index("head"), heads)
@@ -88,7 +88,7 @@ def flash_attention(
             plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
 
             def fetch_values(target, there, stream, place):
-                source = projected_refs[stream].at[image, place, 2 * heads + head]
+                source = projected_refs[stream].at[image, place, VALUES * heads + head]
                 plgpu.copy_gmem_to_smem(source, target, there)
 
             @pl.loop(0, steps)
@@ -110,7 +110,7 @@ def flash_attention(
             own_queries = queries.at[warpgroup]
 
             def fetch_queries(stream, place):
-                source = projected_refs[stream].at[image, place, head]
+                source = projected_refs[stream].at[image, place, QUERIES * heads + head]
                 plgpu.copy_gmem_to_smem(source, own_queries, queries_there.at[warpgroup])
 
             def norm_queries(stream, _):
@@ -228,12 +228,6 @@ def _blocks_of_rows(tokens: int, heads: int, multiprocessors: int) -> tuple[int,
     blocks = min(waves * multiprocessors // heads, tiles)
     least, tall = divmod(tiles, blocks)
     return tall, least + 1, least, blocks
-
-
-def _split(refs: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
-    """So many references after one another, and the rest."""
-    ends = list(accumulate(counts))
-    return [refs[start:end] for start, end in zip([0, *ends], [*ends, len(refs)])]
 
 
 def _by_row(values: Float[Array, " t"], like: Float[Array, "t c"]) -> Float[Array, "t c"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from sd35flash_jax.models.streams import KEYS, QUERIES, VALUES, Norms, Projected, ResidualSum, Vectors
+from sd35flash_jax.models.streams import KEYS, QUERIES, VALUES, Norms, Projected, ResidualSum
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -260,20 +260,18 @@ def _add_and_norm(sums: Sequence[ResidualSum], norms: Sequence[Norms]) -> list[t
 
 def _portable_add_and_norm(sums: Sequence[ResidualSum], norms: Sequence[Norms]) -> list[tuple[Array, list[Array]]]:
     def one(terms: ResidualSum, own: Norms) -> tuple[Array, list[Array]]:
-        (batch, _, size), dtype = terms.x.shape, terms.x.dtype
+        batch, _, size = terms.x.shape
 
-        def each(vectors: Vectors | None) -> list[Array]:
-            if vectors is None:
-                return []
-            wide = vectors.of(batch)[:, None].astype(jnp.float32)
-            return jnp.split(wide, wide.shape[-1] // size, axis=-1)
+        def vector(vectors: Any, index: int) -> Float[Array, "b 1 c"]:
+            own_rows = vectors.of(batch)[:, None]
+            return own_rows[..., index * size : (index + 1) * size].astype(jnp.float32)
 
-        gates, given = each(terms.vectors), each(own.vectors)
         total = terms.x.astype(jnp.float32)
         for gate, update in zip(terms.gates, terms.updates):
-            total = total + gates[gate] * update
-        x = total.astype(dtype)
-        return x, [adaptive_layer_norm(x, given[shift], given[scale]) for shift, scale in own.places]
+            total = total + vector(terms.vectors, gate) * update
+        x = total.astype(terms.x.dtype)
+        norms = [(vector(own.vectors, shift), vector(own.vectors, scale)) for shift, scale in own.places]
+        return x, [adaptive_layer_norm(x, shift, scale) for shift, scale in norms]
 
     return [one(terms, own) for terms, own in zip(sums, norms)]
 
